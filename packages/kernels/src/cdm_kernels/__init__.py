@@ -1,3 +1,27 @@
 """Operators of the denoiser path, right in first and second order."""
 
+from cdm_kernels.group_norm_silu import group_norm_silu
+from cdm_kernels.head import cumulative_logits, log_ratio, noise_level_cross_entropy, suffix_table
+from cdm_kernels.mean_conv3x3 import mean_conv3x3
+from cdm_kernels.softmax_gradient import softmax_gradient
+from cdm_kernels.timestep_embedding import (
+    adm_embedding,
+    ddpm_embedding,
+    edm_fourier_embedding,
+    edm_positional_embedding,
+)
+
 __version__ = "0.1.0"
+__all__ = [
+    "adm_embedding",
+    "cumulative_logits",
+    "ddpm_embedding",
+    "edm_fourier_embedding",
+    "edm_positional_embedding",
+    "group_norm_silu",
+    "log_ratio",
+    "mean_conv3x3",
+    "noise_level_cross_entropy",
+    "softmax_gradient",
+    "suffix_table",
+]

@@ -1,0 +1,86 @@
+"""From a run's configuration to its live parts: the one place where names become objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cdm_core.capabilities import offered, require
+from cdm_core.data import Data, DataInfo
+from cdm_core.random import fold
+from cdm_core.settings import RunConfig, Selection
+
+if TYPE_CHECKING:
+    from cdm_core.manager import Registry
+
+Objective = Callable[..., dict[str, Tensor]]
+
+
+class Parts(NamedTuple):
+    """What a run trains, how, and on what."""
+
+    model: nn.Module
+    objective: Objective
+    data: Data
+
+
+def build(config: RunConfig, registry: Registry) -> Parts:
+    """The data, model and objective of `config`, checked to fit one another before anything is heavy."""
+    data = build_data(config, registry)
+    model = build_model(config, registry, data.info)
+    check_objective(config, registry, model)
+    return Parts(model, build_objective(config, registry), data)
+
+
+def build_data(config: RunConfig, registry: Registry) -> Data:
+    """The data set that `config.data` names."""
+    _, record = registry.find("dataset", config.data.name)
+    return record.load()(config.data.config)
+
+
+def build_model(config: RunConfig, registry: Registry, info: DataInfo) -> nn.Module:
+    """The model that `config.model` names, on the CPU; its first weights depend on `config.seed` alone."""
+    _, record = registry.find("model", config.model.name)
+    target = record.load()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(config.seed, "init"))
+        return target(config.model.config, info)
+
+
+def build_objective(config: RunConfig, registry: Registry) -> Objective:
+    """The loss that `config.objective` names: `objective(model, x0, y, draws) -> {"loss": ...}`."""
+    _, record = registry.find("objective", config.objective.name)
+    return record.load()(config.objective.config)
+
+
+def build_sampler(selection: Selection, registry: Registry) -> Callable[..., Tensor]:
+    """The sampler that `selection` names, its settings bound as keywords."""
+    _, record = registry.find("sampler", selection.name)
+    return partial(record.load(), **options(selection.config))
+
+
+def options(settings: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass by name (not recursively); {} for None."""
+    return {} if settings is None else dict(vars(settings))
+
+
+def check_objective(config: RunConfig, registry: Registry, model: object) -> None:
+    """Raise `UserError` unless `model` offers what the objective requires; name who would."""
+    name, record = registry.find("objective", config.objective.name)
+    missing = [capability for capability in record.requires if capability not in offered(model)]
+    require(
+        model,
+        record.requires,
+        user=f"the objective {name!r}",
+        model_name=f"the model {config.model.name!r}",
+        hint="; ".join(_suppliers(registry, capability) for capability in missing),
+    )
+
+
+def _suppliers(registry: Registry, capability: str) -> str:
+    names = ", ".join(registry.provides(capability, kind="model"))
+    return f"`{capability}` is offered by {names or 'no installed model'}"

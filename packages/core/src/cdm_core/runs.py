@@ -1,0 +1,504 @@
+"""A trained run, ready to use: sample it, score with it, classify with it.
+
+    run = cdm_core.load_run("runs/digits")
+    images = run.sample(64, seed=0)
+    nats = run.log_density(images)
+
+Image i of a sample depends only on (seed, i): not on the batch size, the number of images or of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cdm_core import capabilities, components, schedules
+from cdm_core.checkpoints import RunFolder
+from cdm_core.commands.common import pick_device
+from cdm_core.data import Data, DataInfo, Split
+from cdm_core.errors import UserError
+from cdm_core.manager import Registry, load_registry
+from cdm_core.random import Draws, fold
+from cdm_core.settings import RunConfig, SampleConfig, Selection
+
+__all__ = ["ImageDraws", "Likelihood", "Run", "RunFolder", "SamplePlan", "load_run"]
+
+Labels = int | Sequence[int] | Literal["none"] | None
+Progress = Callable[[int, int], None]
+Weights = Literal["ema", "model"]
+
+
+class ImageDraws(Draws):
+    """Draws for the images `indices`: row i depends only on (seed, indices[i]), whatever batch it is in."""
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.seed, self.total, self.rows, self.device = seed, len(indices), slice(0, len(indices)), device
+        self._images = [Draws(fold(seed, index), 1) for index in indices]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.cat([image.normal(*shape) for image in self._images]).to(self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.cat([image.uniform(*shape) for image in self._images]).to(self.device)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.cat([image.integers(high, *shape) for image in self._images]).to(self.device)
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """How a sample is drawn: sigmas (steps,) float64 descending; noise * start is the first state."""
+
+    sampler: Selection
+    function: Callable[..., Tensor]
+    settings: SampleConfig
+    sigmas: Tensor
+    start: float
+
+    def walk(
+        self, model: Any, y: Tensor | None, draws: Draws, shape: tuple[int, ...], callback: Progress | None
+    ) -> Tensor:
+        """One batch from noise to x0 (B, *shape) float32; y (B,) int64 or None."""
+        noise = draws.normal(*shape)
+
+        def observe(step: int, total: int, x: Tensor, x0: Tensor) -> None:
+            if callback:
+                callback(step + 1, total)
+
+        with torch.no_grad():  # not inference_mode: a model may need autograd inside
+            return self.function(
+                lambda x, sigma: model.denoise(x, sigma, y),
+                noise * self.start,
+                self.sigmas.to(noise.device),
+                noise=lambda x: draws.normal(*shape).to(x.dtype),
+                callback=observe,
+                **components.options(self.sampler.config),
+            )
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-density of a split, per image, averaged over dequantisation draws.
+
+    nats (N,) float64, log p(x); bits_per_dim (N,) float64, of the integer data where there are grey levels;
+    labels: "none" for log p(x), "data" for log p(x | its class).
+    """
+
+    split: str
+    draws: int
+    seed: int
+    labels: str
+    dim: int
+    nats: Tensor
+    bits_per_dim: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Means with their standard errors (`_se`) over images; a single image has none, nan."""
+        root = math.sqrt(len(self.nats))
+        nats, nats_se = float(self.nats.mean()), float(self.nats.std()) / root
+        return {
+            "nats": nats,
+            "nats_se": nats_se,
+            "nats_per_dim": nats / self.dim,
+            "nats_per_dim_se": nats_se / self.dim,
+            "bits_per_dim": float(self.bits_per_dim.mean()),
+            "bits_per_dim_se": float(self.bits_per_dim.std()) / root,
+            "n": float(len(self.nats)),
+        }
+
+
+class Run:
+    """A model with its data description and configuration; made by `load_run`.
+
+    model: nn.Module in evaluation mode on `device`; info: DataInfo; data: Data, or None where a converted
+    file's were not named; config: RunConfig, or None for a converted file; path: the run folder or file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        info: DataInfo,
+        *,
+        config: RunConfig | None = None,
+        data: Data | None = None,
+        device: torch.device | str = "cpu",
+        registry: Registry | None = None,
+        path: Path | None = None,
+        step: int | None = None,
+        name: str = "the model",
+    ) -> None:
+        self.device = torch.device(device)
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.info, self.data, self.config = info, data, config
+        self.registry = registry if registry is not None else load_registry()
+        self.path, self.step, self.name = path, step, name
+        self._samples: dict[int, Tensor] = {}
+
+    # -- what it can do --------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that the model can be conditioned on; None: unconditional."""
+        return getattr(self.model, "num_classes", None) or None
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the model offers, by itself or through core's adapters."""
+        own = capabilities.offered(self.model)
+        bayes = self.num_classes and "log_density" in own
+        return own | {"class_logits"} if bayes else own
+
+    def require(self, names: Sequence[str], user: str) -> None:
+        """Raise `UserError`, naming who could supply them, unless the run has every capability in `names`."""
+        missing = [name for name in names if name not in self.capabilities]
+        hint = self.registry.hint(missing)
+        capabilities.require(self.model, missing, user=user, model_name=self.name, hint=hint)
+
+    @property
+    def settings(self) -> SampleConfig:
+        """The run's own settings of `sample`."""
+        return self.config.sample if self.config else SampleConfig()
+
+    # -- sampling --------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        num: int,
+        *,
+        seed: int = 0,
+        labels: Labels = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        grid: str | None = None,
+        guidance: float | None = None,
+        batch_size: int | None = None,
+        callback: Progress | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Samples x0 (num, C, H, W) float32 in model units, on the CPU: images `first` to `first + num - 1`.
+
+        labels: classes that the images cycle through; None: all classes of a class-conditional model; "none":
+        no class. sampler, steps, grid (`t`, `logsnr`, `quadratic`, `rho`), guidance (weight w of
+        classifier-free guidance), batch_size: None takes the run's own. callback(done, total) counts
+        denoising steps over all batches. Raises UserError on anything out of range or unknown.
+        """
+        if num < 1:
+            raise UserError(f"cannot draw {num} samples: ask for at least 1")
+        plan = self.plan(sampler=sampler, steps=steps, grid=grid, guidance=guidance, batch_size=batch_size)
+        y = self.labels_for(range(first, first + num), labels)
+        model = self._guided(plan.settings.guidance, y)
+        parts, size = [], plan.settings.batch_size
+        for start in range(0, num, size):
+            indices = range(first + start, first + min(start + size, num))
+            draws = ImageDraws(fold(seed, "sample"), indices, self.device)
+            batch = None if y is None else y[start : start + size].to(self.device)
+            report = _overall(callback, start // size, math.ceil(num / size))
+            parts.append(plan.walk(model, batch, draws, self.info.shape, report).float().cpu())
+        return torch.cat(parts)
+
+    def plan(
+        self,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        grid: str | None = None,
+        guidance: float | None = None,
+        batch_size: int | None = None,
+    ) -> SamplePlan:
+        """The sampler, its settings and its noise levels, checked; None takes the run's own."""
+        self.require(["denoise"], "sampling")
+        settings = _updated(self.settings, steps=steps, grid=grid, guidance=guidance, batch_size=batch_size)
+        for name, value in (("steps", settings.steps), ("batch size", settings.batch_size)):
+            if value < 1:
+                raise UserError(f"{name} {value} is out of range: it must be at least 1")
+        selection, function = self._sampler(sampler)
+        sigmas, start = self._levels(settings, asked=grid)
+        return SamplePlan(selection, function, settings, sigmas, start)
+
+    def _sampler(self, name: str | None) -> tuple[Selection, Callable[..., Tensor]]:
+        own = self.config.sampler if self.config else Selection("core/ddim")
+        full, record = self.registry.find("sampler", name or own.name, [own.name.partition("/")[0], "core"])
+        settings = own.config if full == own.name else None
+        if settings is None and record.config:
+            settings = record.config()
+        return Selection(full, settings), record.load()
+
+    def _levels(self, settings: SampleConfig, *, asked: str | None) -> tuple[Tensor, float]:
+        """Noise levels (steps,) float64, descending, and the factor that turns noise into the first state."""
+        if hasattr(self.model, "sigmas"):
+            sigmas = schedules.grid(self.model.sigmas, settings.steps, settings.grid)
+            return sigmas, 1 / float(self.model.scale(sigmas[:1].to(self.device)))
+        # Without levels there is no index to be uniform in; only an explicit wish for it is an error.
+        if asked not in (None, "rho"):
+            raise UserError(f"grid {asked!r} needs a model trained on discrete levels: use grid 'rho'")
+        low, high = map(float, self.model.sigma_range)
+        sigmas = schedules.rho_grid(low, high, settings.steps)
+        return sigmas, float(sigmas[0])
+
+    def labels_for(self, indices: Sequence[int], labels: Labels = None) -> Tensor | None:
+        """The class of each image index, (N,) int64: `labels` cycled; None where no class is wanted."""
+        if labels == "none" or (labels is None and not self.num_classes):
+            return None
+        if labels is None:
+            labels = range(self.num_classes or 0)
+        chosen = [labels] if isinstance(labels, int) else [int(label) for label in labels]
+        if not chosen:
+            raise UserError('no labels given: name at least one class, or "none"')
+        self.check_labels(chosen)
+        return torch.tensor([chosen[index % len(chosen)] for index in indices])
+
+    def check_labels(self, labels: Sequence[int]) -> None:
+        """Raise `UserError` unless the model is conditional and every label is one of its classes."""
+        if not self.num_classes:
+            raise UserError(f"{self.name} is unconditional: it takes no labels")
+        wrong = [label for label in labels if not 0 <= label < self.num_classes]
+        if wrong:
+            raise UserError(f"label {wrong[0]} is out of range: the classes are 0 to {self.num_classes - 1}")
+
+    def _guided(self, weight: float, labels: Tensor | None) -> Any:
+        if weight == 0:
+            return self.model
+        if labels is None:
+            raise UserError(f"guidance {weight:g} needs a class-conditional model and labels: use guidance 0")
+        _, record = self.registry.find("adapter", "core/cfg")
+        return record.load()(record.config(weight=weight), self.model)
+
+    def cached_samples(self, num: int, seed: int = 0) -> Tensor:
+        """`sample(num, seed=seed)` with the run's own settings, drawn once for all who ask."""
+        known = self._samples.get(seed)
+        have = 0 if known is None else len(known)
+        if have < num:
+            more = self.sample(num - have, seed=seed, first=have)
+            known = self._samples[seed] = more if known is None else torch.cat([known, more])
+        assert known is not None
+        return known[:num]
+
+    # -- scoring ---------------------------------------------------------------------------------------------
+
+    def log_density(
+        self,
+        x0: Tensor,
+        y: Tensor | None = None,
+        *,
+        sigma: float | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Log-density in nats, (N,) float32 on the CPU, of x0 (N, C, H, W) in model units.
+
+        y (N,) int64 classes or None; sigma: score x0 + sigma n instead, data units; None: clean images.
+        """
+        self.require(["log_density"], "log_density")
+        if y is not None:
+            self.check_labels(y.tolist())
+
+        def score(x: Tensor, y: Tensor | None) -> Tensor:
+            level = None if sigma is None else torch.full((len(x),), float(sigma), device=x.device)
+            return self.model.log_density(x, y, level)
+
+        return self._batched(score, x0, y, batch_size)
+
+    def classify(self, x0: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Class logits (N, num_classes) float32 on the CPU of clean images x0 (N, C, H, W) in model units.
+
+        By the model's own `class_logits`, else by Bayes' rule from its class-conditional log-density.
+        """
+        classifier = self.classifier
+
+        def score(x: Tensor, y: Tensor | None) -> Tensor:
+            return classifier.class_logits(x, x.new_zeros(len(x)))
+
+        return self._batched(score, x0, None, batch_size)
+
+    @cached_property
+    def classifier(self) -> Any:
+        """What offers `class_logits`: the model or Bayes' rule around it; UserError where neither does."""
+        own = capabilities.offered(self.model)
+        if "class_logits" in own:
+            return self.model
+        if "log_density" in own and not self.num_classes:
+            raise UserError(
+                f"classification needs `class_logits`, or `log_density` with labels: {self.name} "
+                "has a density but is unconditional; train a class-conditional recipe"
+            )
+        self.require(["class_logits"], "classification")
+        _, record = self.registry.find("adapter", "core/bayes")
+        return record.load()(record.config(), self.model)
+
+    def _batched(
+        self,
+        score: Callable[[Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        y: Tensor | None,
+        batch_size: int | None,
+    ) -> Tensor:
+        if x.ndim != 4 or tuple(x.shape[1:]) != tuple(self.info.shape) or len(x) == 0:
+            shape = ", ".join(map(str, self.info.shape))
+            raise UserError(f"images of shape {tuple(x.shape)}: {self.name} takes (N, {shape}) with N >= 1")
+        size = batch_size or self.settings.batch_size
+        labels = [None] * len(x) if y is None else y.to(self.device).split(size)
+        with torch.no_grad():
+            parts = [score(rows.to(self.device), labels[i]).cpu() for i, rows in enumerate(x.split(size))]
+        return torch.cat(parts)
+
+    # -- data ------------------------------------------------------------------------------------------------
+
+    def split(self, name: str) -> Split:
+        """A split of the run's data; UserError where there are none."""
+        if self.data is None:
+            raise UserError(
+                f"{self.path or self.name} does not say which data it is for: name them with --data"
+            )
+        return self.data.split(name)
+
+    def examples(
+        self, split: str, indices: Sequence[int] | None = None, *, seed: int = 0, draw: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images of a split as the model sees them, and their labels; indices None: all of them.
+
+        x0 (N, C, H, W) float32 in model units, dequantised with noise keyed by (seed, draw, image);
+        labels (N,) int64 or None.
+        """
+        images = self.split(split)
+        chosen = list(range(len(images)) if indices is None else indices)
+        if not chosen:
+            raise UserError(f"split {split!r} of {self.info.name!r} is empty")
+        pixels, labels = images.__getitems__(chosen)
+        return self.info.to_model(pixels, ImageDraws(fold(seed, "dequantise", split, draw), chosen)), labels
+
+    def likelihood(
+        self,
+        split: str = "test",
+        *,
+        draws: int = 1,
+        seed: int = 0,
+        labels: Literal["auto", "none", "data"] = "auto",
+        limit: int | None = None,
+        batch_size: int | None = None,
+        callback: Progress | None = None,
+    ) -> Likelihood:
+        """Log-density of the first `limit` images of a split, averaged over `draws` dequantisation draws.
+
+        labels: "none", log p(x); "data", log p(x | its class); "auto": "data" only where a conditional model
+        was trained without a "no class" label. callback(done, total) counts images over all draws.
+        """
+        if draws < 1:
+            raise UserError(f"cannot average over {draws} draws: ask for at least 1")
+        if labels == "auto":
+            bound = self.num_classes and getattr(self.model, "null_label", None) is None
+            labels = "data" if bound else "none"
+        # Without dequantisation every draw is the same.
+        draws = draws if self.info.dequantise and self.info.levels is not None else 1
+        count = len(self.split(split)) if limit is None else min(limit, len(self.split(split)))
+        size = batch_size or self.settings.batch_size
+        scores = torch.zeros(draws, count, dtype=torch.float64)
+        for draw in range(draws):
+            for start in range(0, count, size):
+                rows = range(start, min(start + size, count))
+                x0, y = self.examples(split, rows, seed=seed, draw=draw)
+                if labels == "data" and y is None:
+                    raise UserError(f"data set {self.info.name!r} has no labels to condition on")
+                given = y if labels == "data" else None
+                scores[draw, rows.start : rows.stop] = self.log_density(x0, given, batch_size=size).double()
+                if callback:
+                    callback(draw * count + rows.stop, draws * count)
+        nats = scores.mean(0)
+        return Likelihood(split, draws, seed, labels, self.info.dim, nats, self.info.bits_per_dim(nats))
+
+    def diagnostics(self, split: str = "test", *, seed: int = 0, limit: int = 512) -> dict[str, float] | None:
+        """What the model says of its own density on the first `limit` images; None where it has no such method.
+
+        The method is `likelihood_diagnostics(x0, draws) -> {name: float}`; x0 (N, C, H, W) float32 in model units,
+        draws of N rows.
+        """
+        method = getattr(self.model, "likelihood_diagnostics", None)
+        if method is None:
+            return None
+        x0, _ = self.examples(split, range(min(limit, len(self.split(split)))), seed=seed)
+        draws = Draws(fold(seed, "diagnostics"), len(x0), device=self.device)
+        with torch.no_grad():
+            return {name: float(value) for name, value in method(x0.to(self.device), draws).items()}
+
+    def evaluate(
+        self, split: str = "test", metrics: Sequence[str] | None = None, *, seed: int = 0
+    ) -> dict[str, dict[str, float]]:
+        """Figures by metric, of every registered metric that the run allows or of those named."""
+        from cdm_core.metrics import evaluate
+
+        return evaluate(self, split=split, names=metrics, seed=seed).values
+
+
+def _updated(own: SampleConfig, **given: Any) -> SampleConfig:
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def _overall(callback: Progress | None, batch: int, batches: int) -> Progress | None:
+    if callback is None:
+        return None
+    return lambda done, total: callback(batch * total + done, batches * total)
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def load_run(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    weights: Weights = "ema",
+    data: str | None = None,
+    registry: Registry | None = None,
+) -> Run:
+    """The run in a folder made by `train` (its newest whole checkpoint) or in a converted `.safetensors`.
+
+    device: `auto`, `cpu`, `cuda` or a torch device; weights: the moving average (`ema`) or the plain `model`;
+    data: the data set (by name, with its default settings) of a converted file. Raises UserError when there
+    is no run or checkpoint, or where the weights do not fit the model.
+    """
+    path = Path(path)
+    registry = registry if registry is not None else load_registry()
+    if weights not in ("ema", "model"):
+        raise UserError(f"unknown weights {weights!r}: choose 'ema' or 'model'")
+    if path.is_file():
+        return _from_file(path, pick_device(device), data, registry)
+    if data is not None:
+        raise UserError(f"{path} is a run folder, which names its own data: --data is for converted files")
+    return _from_folder(RunFolder(path), pick_device(device), weights, registry)
+
+
+def _from_folder(folder: RunFolder, device: str, weights: Weights, registry: Registry) -> Run:
+    from cdm_core.config import from_toml
+
+    if not folder.config_path.is_file():
+        what = "has no config.toml" if folder.path.is_dir() else "does not exist"
+        raise UserError(
+            f"{folder.path} is not a run: it {what}; `cdm-run train --out {folder.path}` makes one"
+        )
+    config = from_toml(folder.config_path.read_text(), registry)
+    checkpoint = folder.latest()
+    if checkpoint is None:
+        raise UserError(f"run {folder.path} has no usable checkpoint yet: train it first, or a little longer")
+    data = components.build_data(config, registry)
+    model = components.build_model(config, registry, data.info)
+    name = f"the model {config.model.name!r}"
+    _fill(model, checkpoint.weights(weights), f"checkpoint {checkpoint.path}", name)
+    options: dict[str, Any] = {"config": config, "data": data, "step": checkpoint.step, "path": folder.path}
+    return Run(model, data.info, device=device, registry=registry, name=name, **options)
+
+
+def _from_file(path: Path, device: str, data_name: str | None, registry: Registry) -> Run:
+    raise NotImplementedError
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split()[:40])
+        raise UserError(f"{source} does not fit {name}: {problem}") from error
