@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from cdm_core import UserError, checkpoints
 from cdm_core.checkpoints import RunFolder, safetensors_bytes, torch_bytes
 from cdm_core.config import resolve
@@ -156,7 +155,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_nothing_half_written(
         write(path, content)
 
     monkeypatch.setattr(checkpoints, "write_synced", full)
-    with pytest.raises(UserError, match=r"step-00000002: No space left.*earlier checkpoints are intact") as caught:
+    with pytest.raises(
+        UserError, match=r"step-00000002: No space left.*earlier checkpoints are intact"
+    ) as caught:
         save(folder, 2)
     assert "\n" not in str(caught.value)
     assert steps(folder) == [1]
@@ -177,7 +178,7 @@ def test_metrics_of_a_full_disk(tmp_path: Path) -> None:
 def test_a_run_cannot_live_under_a_file(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = resolve(registry, plugins=["toy"])
-    with pytest.raises(UserError, match="cannot write .*Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
         train(config, tmp_path / "file" / "run", registry=registry, device="cpu", quiet=True)
     with pytest.raises(UserError, match="is a file"):
         train(config, tmp_path / "file", registry=registry, device="cpu", quiet=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from cdm_core.checkpoints import RunFolder
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -33,8 +32,9 @@ def launch(processes: int, out: Path, *overrides: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
-    """A loss differentiated twice, two micro-batches, an odd batch, a weight outside the loss, and a resume."""
+    """A loss differentiated twice, micro-batches, an odd batch, a weight outside the loss, and a resume."""
     settings = ["train.batch_size=9", "train.micro_batches=3", "train.validate_every=4", "train.log_every=3"]
     one = launch(1, tmp_path / "1", "train.steps=14", *settings)
     assert one.returncode == 0, one.stderr
@@ -45,9 +45,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     assert two.stdout.count("Next:") == 1  # one process speaks
 
     runs = [RunFolder(tmp_path / "1"), RunFolder(tmp_path / "2")]
-    curves = [
-        {(line["split"], line["step"]): line["loss"] for line in run.metrics()} for run in runs
-    ]
+    curves = [{(line["split"], line["step"]): line["loss"] for line in run.metrics()} for run in runs]
     shared = sorted(curves[0].keys() & curves[1].keys())
     # Lines of step 7, where the first sitting ended, and of step 9, which follows it, average other steps.
     compared = [key for key in shared if key != ("train", 9)]
@@ -63,6 +61,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     assert two_weights["unused"].tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_every_process(tmp_path: Path) -> None:
     done = launch(2, tmp_path / "run", "train.steps=9", "objective.poison=4", "train.checkpoint_every=2")
     assert done.returncode != 0

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from cdm_core import UserError, images
 from cdm_core.data import DataInfo
-from PIL import Image
 
 GREY = DataInfo("grey", (1, 2, 2), levels=17, dequantise=False)
 COLOUR = DataInfo("colour", (3, 40, 36))
@@ -64,7 +65,9 @@ def test_files_hold_what_was_drawn(tmp_path: Path) -> None:
         assert json.loads(str(kept["settings"])) == {"seed": 3}
     files = images.save_singles(tmp_path / "images", x0, COLOUR)
     assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
-    assert all((np.asarray(Image.open(file)) == wanted).all() for file, wanted in zip(files, shown, strict=True))
+    assert all(
+        (np.asarray(Image.open(file)) == wanted).all() for file, wanted in zip(files, shown, strict=True)
+    )
     grid = decoded(images.save_grid(tmp_path / "grid.png", x0, COLOUR).read_bytes())
     assert (grid == images.tile(shown)).all()
     assert not list(tmp_path.rglob(".*"))  # nothing half-written is left

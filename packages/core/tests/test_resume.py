@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from cdm_core import UserError
 from cdm_core.checkpoints import RunFolder
 from cdm_core.config import resolve
@@ -44,8 +43,8 @@ def hashes(folder: RunFolder, step: int) -> dict[str, str]:
     return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}
 
 
-# Dropout, the flip of the data, log lines that straddle the checkpoint and an odd number of images: all that could
-# make a difference.
+# Dropout, the flip of the data, log lines that straddle the checkpoint and an odd number of images: all that
+# could make a difference.
 SETTINGS = (
     "model.dropout=0.3",
     "train.log_every=3",
@@ -68,6 +67,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(PLUGINS), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_twenty_steps_equal_ten_a_kill_and_ten(tmp_path: Path) -> None:
     whole = subprocess.run(command(tmp_path / "whole"), env=environment(), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from cdm_core import UserError, hookimpl, load_run, schedules
 from cdm_core.checkpoints import RunFolder, safetensors_bytes
 from cdm_core.config import resolve, to_toml
@@ -20,7 +22,6 @@ from cdm_core.mixtures import GaussianMixture
 from cdm_core.records import Model, Objective, Recipe
 from cdm_core.runs import ImageDraws, Run
 from cdm_core.settings import SampleConfig
-from torch import Tensor, nn
 
 DATA = GaussianMixtureConfig(components=4, std=0.2, train_points=600, valid_points=50, test_points=300)
 PATH = schedules.linear(200, 1e-4, 0.05)
@@ -301,7 +302,7 @@ def test_load_run_refuses(folder: RunFolder, registry: Registry, tmp_path: Path)
     state = {**make_run().model.state_dict(), "shift": torch.zeros(3)}
     files = {"ema.safetensors": safetensors_bytes(state)}
     folder.save(3, files, config="", seconds=1.0, valid={})
-    with pytest.raises(UserError, match="does not fit the model 'oracle/exact'.*shift"):
+    with pytest.raises(UserError, match=r"does not fit the model 'oracle/exact'.*shift"):
         load_run(folder.path, device="cpu", registry=registry)
     for checkpoint in folder.checkpoints():
         (checkpoint.path / "manifest.json").unlink()

@@ -1,7 +1,7 @@
 """Samplers against closed forms, published formulas and their published orders.
 
-Everything is float64. For Gaussian data the probability-flow ODE is solved in closed form, and every sampler is
-an affine map of its start and its noise, so means and variances of samples are computed exactly, not estimated.
+Everything is float64. For Gaussian data the probability-flow ODE is solved in closed form, and every sampler
+is an affine map of its start and its noise: means and variances are computed exactly, not estimated.
 """
 
 import math
@@ -21,6 +21,15 @@ DETERMINISTIC = {
     "heun": (samplers.heun, 2),
 }
 MEAN, STD = torch.tensor([0.7, -0.3, 0.1]).double(), torch.tensor([0.2, 0.5, 1.5]).double()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads would cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def gaussian(mean, std):

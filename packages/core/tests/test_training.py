@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from cdm_core import UserError, hookimpl, lr
 from cdm_core.checkpoints import RunFolder
+from cdm_core.commands.common import Session
+from cdm_core.commands.train import train as command
 from cdm_core.components import build
-from cdm_core.config import resolve
+from cdm_core.config import from_toml, resolve
 from cdm_core.ema import EMA
 from cdm_core.manager import Registry
 from cdm_core.random import Draws, fold
 from cdm_core.settings import LRFactor, RunConfig
 from cdm_core.training import bounds, order, train
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
 PLUGINS = Path(__file__).parent / "plugins"
 LEFT_OUT = ("split", "seconds", "images_per_second")  # the same in every line, or never the same
@@ -182,7 +184,11 @@ def test_clipping_bounds_the_step_that_sgd_would_take(registry: Registry, tmp_pa
     assert clipped[0]["grad_norm"] == plain[0]["grad_norm"] > 1e-3
     before = build(clipped_config, registry).model.state_dict()["conv.weight"]
     after = weights(RunFolder(tmp_path / "b"))["conv.weight"]
-    assert (after - before).abs().max() < 1e-5 < (weights(RunFolder(tmp_path / "a"))["conv.weight"] - before).abs().max()
+    assert (
+        (after - before).abs().max()
+        < 1e-5
+        < (weights(RunFolder(tmp_path / "a"))["conv.weight"] - before).abs().max()
+    )
 
 
 def test_weights_outside_the_loss_stay(registry: Registry, tmp_path: Path) -> None:
@@ -328,6 +334,55 @@ def test_too_few_rows_for_the_micro_batches(registry: Registry, tmp_path: Path) 
 def test_fp16_needs_a_gpu(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fp16"):
         train(configure(registry, "train.precision=fp16"), tmp_path / "run", registry=registry, device="cpu")
+
+
+def test_progress_bar_on_a_terminal(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(configure(registry), tmp_path / "run", registry=registry, device="cpu")
+    text = capsys.readouterr().err
+    assert "100%" in text
+    assert "6/6" in text
+    assert "loss=" in text
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def invoke(registry: Registry, *arguments: str) -> str:
+    session = Session(plugins=("toy",))
+    vars(session)["registry"] = registry
+    result = CliRunner().invoke(command, ["--device", "cpu", *arguments], obj=session, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_dry_run_prints_a_plan_that_can_be_run_and_writes_nothing(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = invoke(registry, "--dry-run", "--steps", "3", "--seed", "5", "--set", "train.lr=0.5")
+    config = from_toml(plan, registry)
+    assert (config.train.steps, config.seed, config.train.lr) == (3, 5, 0.5)
+    assert "92 parameters; data 1x4x4" in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_trains_into_a_folder_named_after_the_recipe(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = json.loads(invoke(registry, "--steps", "2", "--json"))
+    folder = RunFolder("runs/default")
+    assert report["run"] == "runs/default"
+    assert report["step"] == report["best_step"] == 2
+    assert report["valid"]["bits_per_dim"] == figures(folder, "valid")[-1]["bits_per_dim"]
+    table = invoke(registry, "--steps", "2")
+    assert "cdm-run report runs/default" in table
+    assert f"{report['valid']['bits_per_dim']:.4g}" in table
 
 
 def test_progress_lines_where_there_is_no_terminal(

@@ -1,6 +1,6 @@
 """What a model can do, one method a capability; how methods compose.
 
-Everything speaks in one currency, the variance-exploding form `x = x0 + sigma * n`, n ~ N(0, I): every Gaussian
+Everything speaks one currency, the variance-exploding form `x = x0 + sigma * n`, n ~ N(0, I): every Gaussian
 path is this one up to a scale of x, and the conversion is made at the model's edge (`cdm_core.schedules`).
 """
 
@@ -50,7 +50,7 @@ class ClassLogits(Protocol):
     """Capability `class_logits`."""
 
     def class_logits(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Unnormalised log p(y | x at level sigma); sigma (B,) float32 >= 0; returns (B, num_classes) float32."""
+        """Unnormalised log p(y | x at level sigma), (B, num_classes) float32; sigma (B,) float32 >= 0."""
         ...
 
 
@@ -68,7 +68,7 @@ class NoiseLevelLogits(Protocol):
     """Capability `noise_level_logits`."""
 
     def noise_level_logits(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Unnormalised log p(t | x), (B, K) float32 over the model's K noise levels; x in the path's own scale."""
+        """Unnormalised log p(t | x) over the K noise levels, (B, K) float32; x in the path's own scale."""
         ...
 
 
@@ -92,4 +92,5 @@ def require(model: object, names: Iterable[str], *, user: str, model_name: str, 
     missing = [name for name in names if name not in offered(model)]
     if missing:
         wanted = " and ".join(f"`{name}`" for name in missing)
-        raise UserError(f"{user} needs {wanted}, which {model_name} does not provide{'; ' + hint if hint else ''}")
+        tail = f"; {hint}" if hint else ""
+        raise UserError(f"{user} needs {wanted}, which {model_name} does not provide{tail}")

@@ -103,7 +103,7 @@ class Root(click.Group):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> NoReturn:
         """Run and exit: 0, or 2 with one line on stderr for what the caller can mend, or 130 on Ctrl-C."""
         try:
-            sys.exit(super().main(args, *rest, **{**options, "standalone_mode": False}))
+            sys.exit(super().main(args, *rest, **{**options, "standalone_mode": False}) or 0)
         except UserError as error:
             _fail(str(error))
         except click.UsageError as error:

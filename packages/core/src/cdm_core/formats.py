@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ def read_tensors(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # of the pickle's protocol: it loads or it does not
+                return torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # any bytes may come here, and they raise anything
@@ -97,7 +101,7 @@ class Converted:
 
 
 def save_converted(foreign: Foreign, dst: Path) -> None:
-    """Write `dst`, aside first and then renamed: a whole file or none. UserError where it cannot be written."""
+    """Write `dst`, aside first and then renamed: a whole file or none. UserError where it cannot be."""
     config = foreign.model.config
     settings = {} if config is None else _plain(config)
     about = {

@@ -86,9 +86,9 @@ def scatter(points: Tensor, reference: Tensor | None = None) -> bytes:
     return figures.scatter(points.flatten(1), None if reference is None else reference.flatten(1))
 
 
-def picture(x0: Tensor, info: DataInfo, columns: int | None = None) -> bytes:
+def picture(x0: Tensor, info: DataInfo, columns: int | None = None, *, cell: int = CELL) -> bytes:
     """PNG of samples x0 (N, C, H, W) in model units: a grid of images, or a scatter plot of points."""
-    return scatter(x0.cpu()) if is_points(info) else png(tile(to_pixels(x0, info), columns))
+    return scatter(x0.cpu()) if is_points(info) else png(tile(to_pixels(x0, info), columns, cell=cell))
 
 
 def save_grid(path: Path, x0: Tensor, info: DataInfo, columns: int | None = None) -> Path:

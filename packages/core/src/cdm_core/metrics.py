@@ -42,18 +42,17 @@ def baselines(config: Any, run: Run, *, split: str, seed: int) -> dict[str, floa
     Names as in `nll`, after the density's own: `gaussian`, `gaussian_mixture`, `truth`.
     """
     densities.check_size(len(run.split("train")), run.info.dim)
-    train, _ = run.examples("train", first(run, "train", densities.MAX_IMAGES), seed=seed)
-    held_out, _ = run.examples(split, seed=seed)
-    rows = held_out.flatten(1).double()
-    fitted = densities.fit(train.flatten(1).double().numpy(), seed=seed)
-    nats = {name: torch.from_numpy(density.score_samples(rows.numpy())) for name, density in fitted.items()}
+    train, valid, held_out = (
+        run.examples(name, first(run, name, densities.MAX_IMAGES), seed=seed)[0].flatten(1).double()
+        for name in ("train", "valid", split)
+    )
+    fitted = densities.fit(train.numpy(), valid.numpy(), seed=seed)
+    values = {"n_train": float(len(train)), "n": float(len(held_out))}
+    for name, density in fitted.items():
+        values |= _described(name, run, torch.from_numpy(density.score_samples(held_out.numpy())))
+        values[f"{name}_ridge"] = density.reg_covar
     truth = getattr(run.data, "mixture", None)
-    if truth is not None:
-        nats["truth"] = truth.log_density(held_out.double())
-    values = {"ridge": densities.RIDGE, "n_train": float(len(train)), "n": float(len(rows))}
-    for name, scores in nats.items():
-        values |= _described(name, run, scores)
-    return values
+    return values if truth is None else values | _described("truth", run, truth.log_density(held_out))
 
 
 def _described(name: str, run: Run, nats: Tensor) -> dict[str, float]:
@@ -130,7 +129,9 @@ def nearest(run: Run, queries: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.zeros(len(queries), dtype=torch.int64)
     for start, images in _training_chunks(run):
         for view in [images, images.flip(-1)] if run.info.flip else [images]:
-            distance, found = torch.cdist(queries, comparable(run, view)).min(1)
+            rows = comparable(run, view)
+            found = torch.cdist(queries, rows).argmin(1)
+            distance = (queries - rows[found]).norm(dim=1)  # cdist cancels where distances are small
             closer = distance < best
             best[closer], index[closer] = distance[closer], found[closer] + start
     return best, index
@@ -188,7 +189,7 @@ def read(path: Path) -> Evaluation | None:
 
 
 def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
-    # A figure that was not finite is null in JSON. Other fields may be None: they are not figures of a metric.
+    # A figure that was not finite is null in JSON. The fields of Evaluation itself may well be None.
     return values if "values" in values else {k: math.nan if v is None else v for k, v in values.items()}
 
 

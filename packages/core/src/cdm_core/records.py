@@ -49,7 +49,8 @@ class Model(Component):
 class Objective(Component):
     """`target(config) -> objective(model, x0, y, draws) -> {"loss": Tensor, ...}`, scalars all.
 
-    x0 (B, C, H, W) float32 in model units; y (B,) int64 or None; draws: `cdm_core.random.Draws`.
+    x0 (B, C, H, W) float32 in model units; y (B,) int64 or None; draws: `cdm_core.random.Draws`. Validation
+    calls it under `torch.no_grad`: an objective that differentiates inside enables grad for that itself.
     """
 
     kind = "objective"
@@ -80,7 +81,7 @@ class Metric(Component):
 
 
 class CheckpointFormat(Component):
-    """`target(path, overrides) -> cdm_core.formats.Foreign | None`: None when the file is of another format."""
+    """`target(path, overrides) -> cdm_core.formats.Foreign`, or None when the file is of another format."""
 
     kind = "checkpoint format"
 

@@ -22,6 +22,7 @@ GRID = 100  # samples shown
 PAIRS = 12  # samples shown above their nearest training images
 SCORED = 2000  # images of a split in the likelihood histogram
 CHECKED = 256  # images that the density's own diagnostics see
+CELL = 48  # pixels of a sample on the page, at least
 CURVES = 6  # training curves shown at most
 # What `metrics.jsonl` holds beside figures of the objective.
 NOT_CURVES = {"step", "split", "lr", "images_per_second", "seconds"}
@@ -72,7 +73,7 @@ class Report:
         ]
         return page.page(f"Run {name}", f"{made}; checkpoint of step {run.step}", filter(None, parts))
 
-    # -- what the sections share -------------------------------------------------------------------------------
+    # -- what the sections share -----------------------------------------------------------------------------
 
     @cached_property
     def found(self) -> metrics.Evaluation:
@@ -86,10 +87,6 @@ class Report:
         write_bytes(path, to_json(found.to_dict()).encode())
         return found
 
-    def figure(self, metric: str, name: str) -> float | None:
-        """A figure of one of core's metrics, None where it was not computed."""
-        return self.found.values.get(f"core/{metric}", {}).get(name)
-
     @cached_property
     def drawn(self) -> Tensor | None:
         """GRID samples, (GRID, C, H, W); None for a model that cannot denoise."""
@@ -102,31 +99,47 @@ class Report:
     def log(self) -> list[dict[str, Any]]:
         return self.folder.metrics()
 
-    # -- sections ----------------------------------------------------------------------------------------------
+    # -- sections --------------------------------------------------------------------------------------------
 
     def tiles(self) -> Iterator[tuple[str, str, str]]:
         """Key figures: (label, value, remark)."""
-        unit = "bits_per_dim"
-        ours, error = self.figure("nll", unit), self.figure("nll", f"{unit}_se")
-        if ours is not None:
-            yield "held-out bits/dim", f"{ours:.3f}", f"± {error:.3f}, {self.found.split} split"
-        for name, words in DENSITIES.items():
-            value = self.figure("baselines", f"{name}_{unit}")
-            if value is not None:
-                yield f"{words}, bits/dim", f"{value:.3f}", "same images"
-        accuracy = self.figure("accuracy", "accuracy")
-        if accuracy is not None:
-            low, high = self.figure("accuracy", "low"), self.figure("accuracy", "high")
-            yield "accuracy", f"{100 * accuracy:.1f}%", f"95% interval {100 * low:.1f} to {100 * high:.1f}%"  # type: ignore[operator]
-        ratio = self.figure("nearest-neighbour", "median_ratio")
-        if ratio is not None:
-            yield "nearest-neighbour ratio", f"{ratio:.2f}", "1: as new as held-out images; 0: copies"
-        distance, floor = (self.figure("sliced-wasserstein", name) for name in ("distance", "floor"))
-        if distance is not None:
-            yield "sliced Wasserstein", f"{distance:.3f}", f"floor {floor:.3f}"
+        yield from self.density_tiles()
+        values = self.found.values
+        if found := values.get("core/accuracy"):
+            low, high = 100 * found["low"], 100 * found["high"]
+            yield "accuracy", f"{100 * found['accuracy']:.1f}%", f"95% interval {low:.1f} to {high:.1f}%"
+        if found := values.get("core/nearest-neighbour"):
+            yield (
+                "nearest-neighbour ratio",
+                f"{found['median_ratio']:.2f}",
+                "1: as held-out images; 0: copies",
+            )
+        if found := values.get("core/sliced-wasserstein"):
+            remark = f"{found['floor']:.3f}: training to held-out data"
+            yield "sliced Wasserstein", f"{found['distance']:.3f}", remark
         seconds = max((line.get("seconds", 0.0) for line in self.log), default=0.0)
         if seconds:
             yield "training", _duration(seconds), f"{self.run.step} steps"
+
+    def density_tiles(self) -> Iterator[tuple[str, str, str]]:
+        """The model's held-out likelihood beside the baselines'."""
+        key, unit = self.unit
+        found = self.found.values.get("core/nll")
+        if found:
+            yield f"held-out {unit}", f"{found[key]:.3f}", f"± {found[f'{key}_se']:.3f}, lower is better"
+        for words, value in self.baselines().items():
+            yield f"{words}, {unit}", f"{value:.3f}", "on the same images"
+
+    @property
+    def unit(self) -> tuple[str, str]:
+        """How likelihoods are told, (key, words): continuous data have no bits of integers."""
+        return ("nats_per_dim", "nats/dim") if self.run.info.levels is None else ("bits_per_dim", "bits/dim")
+
+    def baselines(self) -> dict[str, float]:
+        """Means of the classical densities, by name in words."""
+        found = self.found.values.get("core/baselines", {})
+        keys = {words: f"{name}_{self.unit[0]}" for name, words in DENSITIES.items()}
+        return {words: found[key] for words, key in keys.items() if key in found}
 
     def curves(self) -> Iterator[str]:
         """The loss, then the objective's other figures, by split."""
@@ -156,7 +169,7 @@ class Report:
         else:
             classes = run.num_classes
             columns = classes if classes and classes <= 20 else 10
-            picture = images.picture(x0[: len(x0) // columns * columns], run.info, columns)
+            picture = images.picture(x0[: len(x0) // columns * columns], run.info, columns, cell=CELL)
             shown = page.figure(
                 picture, f"{'One class a column' if classes == columns else 'Samples'}: {how}.", pixels=True
             )
@@ -174,8 +187,8 @@ class Report:
             images.to_pixels(self.drawn[worst], self.run.info),
             images.from_data(pixels, self.run.info),
         )
-        rows = images.tile(np.concatenate([top, bottom]), columns=len(worst))
-        share = self.figure("nearest-neighbour", "share_closer")
+        rows = images.tile(np.concatenate([top, bottom]), columns=len(worst), cell=CELL)
+        share = self.found.values.get("core/nearest-neighbour", {}).get("share_closer")
         words = (
             f"Above: of {len(self.drawn)} samples, those nearest to a training image. "
             "Below: that training image. Copies would look the same."
@@ -194,19 +207,20 @@ class Report:
         if "log_density" not in run.capabilities:
             return ""
         self.say("scoring images")
-        scores = {
-            f"{words} images": run.likelihood(split, seed=self.seed, limit=SCORED).bits_per_dim
-            for split, words in (("test", "held-out"), ("train", "training"))
-        }
-        known = {words: self.figure("baselines", f"{name}_bits_per_dim") for name, words in DENSITIES.items()}
-        lines = {words: value for words, value in known.items() if value is not None}
-        caption = "Bits/dim of each image (lower is likelier); solid lines: means of the histograms."
-        picture = figures.histogram({k: v.numpy() for k, v in scores.items()}, lines, "bits/dim")
+        key, unit = self.unit
+        values = {}
+        for split, words in (("test", "held-out images"), ("train", "training images")):
+            scores = run.likelihood(split, seed=self.seed, limit=SCORED)
+            values[words] = (
+                scores.bits_per_dim if key == "bits_per_dim" else -scores.nats / scores.dim
+            ).numpy()
+        caption = f"{unit} of each image (lower is likelier); vertical lines are means."
+        picture = figures.histogram(values, self.baselines(), unit)
         return page.section("Likelihood", page.figures([page.figure(picture, caption)]))
 
     def classification(self) -> str:
         """The confusion matrix on held-out images, where there are a classifier and labels."""
-        if self.figure("accuracy", "accuracy") is None:
+        if "core/accuracy" not in self.found.values:
             return ""
         x0, labels = self.run.examples("test", metrics.first(self.run, "test", SCORED), seed=self.seed)
         assert labels is not None

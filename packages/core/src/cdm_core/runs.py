@@ -412,10 +412,10 @@ class Run:
         return Likelihood(split, draws, seed, labels, self.info.dim, nats, self.info.bits_per_dim(nats))
 
     def diagnostics(self, split: str = "test", *, seed: int = 0, limit: int = 512) -> dict[str, float] | None:
-        """What the model says of its own density on the first `limit` images; None where it has no such method.
+        """What the model says of its own density on the first `limit` images; None without such a method.
 
-        The method is `likelihood_diagnostics(x0, draws) -> {name: float}`; x0 (N, C, H, W) float32 in model units,
-        draws of N rows.
+        The method is `likelihood_diagnostics(x0, draws) -> {name: float}`; x0 (N, C, H, W) float32 in model
+        units, draws of N rows.
         """
         method = getattr(self.model, "likelihood_diagnostics", None)
         if method is None:
@@ -493,7 +493,22 @@ def _from_folder(folder: RunFolder, device: str, weights: Weights, registry: Reg
 
 
 def _from_file(path: Path, device: str, data_name: str | None, registry: Registry) -> Run:
-    raise NotImplementedError
+    from cdm_core.formats import load_converted
+
+    model, about = load_converted(path, registry)
+    data = None
+    if data_name is not None:
+        full, record = registry.find("dataset", data_name)
+        data = record.load()(record.config() if record.config else None)
+        ours, theirs = ((info.shape, info.levels) for info in (about.info, data.info))
+        if ours != theirs:
+            raise UserError(
+                f"--data {full}: {path} was trained on (C, H, W) {ours[0]} with {ours[1]} grey levels, "
+                f"not {theirs[0]} with {theirs[1]}"
+            )
+    # The file says how its model was fed, dequantised or not; the data set only brings the images.
+    name = f"the model {about.model.name!r}"
+    return Run(model, about.info, data=data, device=device, registry=registry, path=path, name=name)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:

@@ -463,10 +463,12 @@ class Trainer:
 
     # -- validation ----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def validate(self, done: int) -> dict[str, float]:
         """The objective on the whole validation split under the averaged weights, the draws always the same.
 
-        And bits/dim where the model has a density. {} where the data set has no validation images.
+        And bits/dim where the model has a density. {} where the data set has no validation images. An
+        objective that differentiates inside enables grad for that itself, as `denoise` does.
         """
         split = self.data.split("valid")
         if len(split) == 0:
@@ -481,7 +483,6 @@ class Trainer:
             x0 = self.data.info.to_model(pixels.to(self.device), draws)
             y = None if labels is None else labels.to(self.device)
             with self.accelerator.autocast():
-                # Not under no_grad: an objective may differentiate inside. The averaged weights need none.
                 scalars = self.objective(self.ema.module, x0, y, self.draws(total, part, "valid", first))
                 meter.add({**scalars, **self._bits_per_dim(x0, y)}, len(x0))
         means = meter.means()
@@ -500,8 +501,7 @@ class Trainer:
             return {}
         # A model that also knows "no class" is scored by p(x); one that must be told the class, by p(x | y).
         conditional = getattr(model, "num_classes", None) and getattr(model, "null_label", None) is None
-        with torch.no_grad():
-            nats = model.log_density(x0, y if conditional else None)
+        nats = model.log_density(x0, y if conditional else None)
         return {"bits_per_dim": self.data.info.bits_per_dim(nats.double()).mean()}
 
     # -- checkpoints and samples ---------------------------------------------------------------------------

@@ -70,7 +70,6 @@ def register_recipes() -> Iterable[records.Recipe]:
 
 def squares(config: DataConfig) -> Any:
     import torch
-
     from cdm_core.data import Data, DataInfo, TensorSplit
 
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +134,7 @@ def mute(config: ModelConfig, info: Any) -> nn.Module:
 def score(config: ObjectiveConfig) -> Any:
     from cdm_core.random import fold
 
-    # The step (0 is the first) to stop at until killed; of the environment, as it is none of the run's settings.
+    # The step (0 is the first) to stop at until killed: no setting of the run, so it comes from outside.
     wait = fold(0, "train", int(os.environ.get("TOY_PLUGIN_WAIT", "-1")))
 
     def objective(model: Any, x0: Tensor, y: Tensor, draws: Any) -> dict[str, Tensor]:

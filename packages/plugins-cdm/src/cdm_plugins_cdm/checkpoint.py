@@ -1,9 +1,9 @@
 """Checkpoints of the official implementation (github.com/shaharYadin/CDM), read for `cdm-run convert`.
 
 A training checkpoint is a dictionary with the averaged weights under `ema_model_state_dict`, their names
-with a prefix `module.`; a bare state dict will do. The architecture is read off the shapes. What shapes do not tell
-is guessed as published and can be set: the path of noise levels (`--set model.path=...`) and the size of the
-images, which decides at which resolution the attention is (`--set data.shape=[C,H,W]`).
+with a prefix `module.`; a bare state dict will do. The architecture is read off the shapes. What shapes do
+not tell is guessed as published and can be set: the path of noise levels (`--set model.path=...`) and the
+size of the images, which decides at which resolution the attention is (`--set data.shape=[C,H,W]`).
 """
 
 from __future__ import annotations

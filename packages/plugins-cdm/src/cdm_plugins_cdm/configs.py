@@ -69,14 +69,17 @@ class UNetConfig(ClassifierConfig):
 class MLPConfig(ClassifierConfig):
     """A residual perceptron, for points of shape (d, 1, 1)."""
 
-    width: int = 128
+    width: int = 64
     depth: int = 3  # residual blocks
+    gain: float = 4.0  # of the first layer's initial weights: the finer the density, the larger
 
     def check(self) -> None:
         """Raise `ValueError` on a value out of range."""
         super().check()
         if self.width < 1 or self.depth < 1:
             raise ValueError("width and depth must be at least 1")
+        if not self.gain > 0:
+            raise ValueError(f"gain must be above 0, not {self.gain}")
 
     @classmethod
     def small(cls) -> MLPConfig:

@@ -31,7 +31,7 @@ BATCH = 256
 def by_noise(model: NoiseLevelClassifier) -> list[int]:
     """Level indices from the clean end to the reference, whichever way the path counts."""
     levels = range(len(model.path.sigma))
-    return list(levels if model.path.clean < model.path.reference else reversed(levels))
+    return list(levels if model.path.clean < model.reference else reversed(levels))
 
 
 @torch.no_grad()
@@ -111,13 +111,13 @@ def log_densities(model: NoiseLevelClassifier, x: Tensor, level: int) -> tuple[T
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model.noise_level_logits(x)
-        log_p = logits - logits[:, [model.path.reference]] - x.square().flatten(1).sum(1, keepdim=True) / 2
+        log_p = logits - logits[:, [model.reference]] - x.square().flatten(1).sum(1, keepdim=True) / 2
         (grad,) = torch.autograd.grad(log_p[:, level].sum(), x)
     return log_p.detach(), grad
 
 
 def annealed_log_normaliser(
-    model: NoiseLevelClassifier, shape: tuple[int, int, int], draws: Draws, *, levels: int = 250
+    model: NoiseLevelClassifier, shape: torch.Size, draws: Draws, *, levels: int = 250
 ) -> Normaliser:
     """log Z of the model's clean density by annealed importance sampling (Neal 2001).
 
@@ -165,8 +165,8 @@ def likelihood_diagnostics(model: NoiseLevelClassifier, x0: Tensor, draws: Draws
     low = order[:17]
     ratios = adjacent_log_ratios(model, x0, draws, low[:-1], low[1:])
     normaliser = annealed_log_normaliser(
-        model, tuple(x0.shape[1:]), Draws(fold(draws.seed, "ais"), 128, device=x0.device)
-    )  # type: ignore[arg-type]
+        model, x0.shape[1:], Draws(fold(draws.seed, "ais"), 128, device=x0.device)
+    )
     per_dim = 1 / (dim * math.log(2))
     return {
         "level_accuracy": posterior.diagonal().mean().item(),

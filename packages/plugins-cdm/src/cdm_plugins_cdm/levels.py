@@ -27,10 +27,8 @@ CURVE_LEVELS = 24
 
 def held_out(run: Run, split: str, seed: int, most: int = 512) -> tuple[Tensor, Draws]:
     """Up to `most` images of the split in model units (N, C, H, W), and the draws of what follows."""
-    data = run.data.split(split)
-    pixels, _ = data.__getitems__(list(range(min(most, len(data)))))
-    draws = Draws(fold(seed, "levels"), len(pixels), device=run.device)
-    return run.info.to_model(pixels.to(run.device), draws), draws
+    x0, _ = run.examples(split, range(min(most, len(run.split(split)))), seed=seed)
+    return x0.to(run.device), Draws(fold(seed, "levels"), len(x0), device=run.device)
 
 
 def analyse(run: Run, split: str = "test", seed: int = 0) -> dict[str, Any]:

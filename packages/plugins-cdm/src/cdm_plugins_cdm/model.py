@@ -29,14 +29,16 @@ from cdm_plugins_cdm.configs import ClassifierConfig, MLPConfig
 
 
 def make_path(config: ClassifierConfig) -> schedules.Path:
-    """The path that `config` names."""
-    if config.path == "linear":
-        return schedules.linear(config.noise_steps, config.beta_start, config.beta_end)
-    if config.path == "ot_official":
-        return schedules.ot_official(config.noise_steps, config.sigma_min)
-    return {"cosine": schedules.cosine, "uniform": schedules.uniform, "ot": schedules.ot}[config.path](
-        config.noise_steps
-    )
+    """The path that `config` names, on the CPU whatever the default device."""
+    steps = config.noise_steps
+    with torch.device("cpu"):
+        if config.path == "linear":
+            return schedules.linear(steps, config.beta_start, config.beta_end)
+        if config.path == "ot_official":
+            return schedules.ot_official(steps, config.sigma_min)
+        return {"cosine": schedules.cosine, "uniform": schedules.uniform, "ot": schedules.ot}[config.path](
+            steps
+        )
 
 
 def count_classes(config: ClassifierConfig, info: DataInfo) -> int | None:
@@ -183,6 +185,8 @@ class MLP(NoiseLevelClassifier):
             )
         super().__init__(make_path(config), config.width + dim + dim * (dim + 1) // 2, num_classes)
         self.first = nn.Linear(dim, config.width)
+        with torch.no_grad():
+            self.first.weight.mul_(config.gain)
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes + 1, config.width)
         self.blocks = nn.ModuleList(
             nn.Sequential(

@@ -47,7 +47,7 @@ def terms(
         h = model.features(x_t, y)
         if denoising:
             error = model.predict_noise(h, x_t, level, create_graph) - eps
-            squared_error = error.float().square().flatten(1).mean(1)
+            squared_error = error.square().flatten(1).mean(1)
     o = model.head(h if create_graph else h.detach())
     hit = (cumulative_logits(o.detach()).argmax(1) == level).float()
     return Terms(noise_level_cross_entropy(o, level), squared_error, hit)
@@ -59,8 +59,8 @@ class CDMObjective:
     Noise levels are uniform over all K. In order, `draws` gives the levels, the noise and, for a conditional
     model, the coin that drops labels; labels are dropped in training only, never where a model is validated.
     `loss` is the official one: its error is a mean over the whole batch, with the levels where the predicted
-    noise is the same whatever the net (0 when clean, x_t itself at pure noise). `mse` is over the other levels:
-    the sum over those, divided by how many of the batch are expected there; absent where w_mse is 0.
+    noise is the same whatever the net (0 when clean, x_t itself at pure noise). `mse` is over the other
+    levels: the sum over those, divided by how many of the batch are expected there; absent where w_mse is 0.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -70,7 +70,7 @@ class CDMObjective:
         """x0 (B, C, H, W) float32 in model units; y (B,) int64 or None, unused by a model without classes."""
         if not isinstance(model, NoiseLevelClassifier):
             raise UserError(
-                f"the objective of plugin cdm trains noise-level classifiers, not {type(model).__name__}"
+                f"the objective cdm/cdm trains noise-level classifiers, not a {type(model).__name__}"
             )
         level = draws.integers(len(model.path))
         eps = draws.normal(*x0.shape[1:]).to(x0.dtype)

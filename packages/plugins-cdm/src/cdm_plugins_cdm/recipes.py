@@ -42,8 +42,8 @@ _MIXTURE: dict[str, Any] = {
     "sampler": {"name": "core/dpm-solver++"},
     "train": {
         "steps": 3000,
-        "batch_size": 512,
-        "lr": 2e-3,
+        "batch_size": 256,
+        "lr": 4e-3,
         "lr_schedule": [{"kind": "warmup", "steps": 100}, {"kind": "cosine"}],
         "ema_decay": 0.995,
         "validate_every": 1000,

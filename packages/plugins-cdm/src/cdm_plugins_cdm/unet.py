@@ -23,11 +23,21 @@ from cdm_plugins_cdm.configs import UNetConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier, count_classes, make_path
 
 
+def count_groups(channels: int) -> int:
+    """32 as in the official nets; where 32 does not divide the channels, as many as leave 4 or more to each.
+
+    (A group of one channel loses the channel's mean, and with it all that a class embedding adds.)
+    """
+    if channels % 32 == 0:
+        return 32
+    return max(n for n in range(1, max(2, channels // 4 + 1)) if channels % n == 0)
+
+
 class Norm(nn.GroupNorm):
-    """GroupNorm over 32 groups (over fewer where 32 does not divide the channels), then SiLU."""
+    """GroupNorm, then SiLU."""
 
     def __init__(self, channels: int, activation: bool = True) -> None:
-        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+        super().__init__(count_groups(channels), channels, eps=1e-6)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,8 +207,8 @@ def _check_size(config: UNetConfig, info: DataInfo) -> None:
     factor = 2 ** (len(config.ch_mult) - 1)
     if info.shape[1] % factor or info.shape[2] % factor:
         raise UserError(
-            f"model.ch_mult {config.ch_mult} halves the images {len(config.ch_mult) - 1} times, but {factor} does "
-            f"not divide the {info.shape[1]}x{info.shape[2]} of {info.name!r}: give it fewer entries"
+            f"model.ch_mult {config.ch_mult} halves the images {len(config.ch_mult) - 1} times, but {factor} "
+            f"does not divide the {info.shape[1]}x{info.shape[2]} of {info.name!r}: give it fewer entries"
         )
 
 

@@ -72,7 +72,7 @@ def classify(
 
 
 def read_folder(run: Run, folder: Path, seed: int) -> tuple[list[str], Tensor]:
-    """Names and model inputs of the images in a folder, cropped and resized to the data's shape and levels."""
+    """Names and model inputs of the images in a folder, cropped and resized to the data's shape."""
     import torch
     from PIL import Image, ImageOps
 

@@ -55,6 +55,11 @@ def sample(
 
     Image i depends only on the seed and on i: not on the batch size, the number of images or of processes.
     Writes grid.png, samples.npz (samples, labels, settings) and, with png, images/00000.png and on.
+
+    \b
+    cdm-run sample RUN --num 100 --label 0,1 --steps 50
+    accelerate launch --num_processes 2 -m cdm_core sample RUN --num 50000
+    torchrun --nproc-per-node 2 -m -- cdm_core sample RUN --num 50000
     """
     from cdm_core.processes import Place
 
