@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from cdm_core import samplers
 from cdm_core.adapter_configs import CFGConfig
 from cdm_core.adapters import ClassifierFreeGuidance
@@ -14,7 +16,6 @@ from cdm_kernels import cumulative_logits
 from cdm_plugins_cdm.configs import ObjectiveConfig, UNetConfig
 from cdm_plugins_cdm.objective import CDMObjective, terms
 from cdm_plugins_cdm.unet import UNet
-from torch import Tensor
 
 SYSTEMS = ("CDM",)
 FORWARD, BACKWARD = 2e-5, 1e-4
@@ -102,7 +103,7 @@ def check_gradients(golden: Any, gradients: dict[str, Tensor]) -> None:
 
 
 def check_likelihood(golden: Any, model: UNet, y: Tensor | None) -> None:
-    """Nats of the clean images, and the official bits/dim, which takes 128 for the 127.5 grey levels a unit."""
+    """Nats of the clean images; the official bits/dim, which take 128 for the 127.5 grey levels a unit."""
     with torch.no_grad():
         nats = model.log_density(golden.inputs["x0"], y)
     golden.compare("out/log_likelihood_nats", nats, FORWARD)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
 from cdm_core import formats, hookimpl
 from cdm_core.cli import cli
 from cdm_core.data import DataInfo
@@ -18,8 +21,6 @@ from cdm_core.errors import UserError
 from cdm_core.manager import Registry
 from cdm_core.records import CheckpointFormat, Model
 from cdm_core.settings import Selection
-from click.testing import CliRunner
-from safetensors.torch import save_file
 
 INFO = DataInfo("toy", (2, 1, 1), 3, ("a", "b", "c"), levels=None)
 

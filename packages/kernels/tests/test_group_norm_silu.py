@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cdm_kernels import group_norm_silu
 from torch.autograd import gradcheck, gradgradcheck
+
+from cdm_kernels import group_norm_silu
 
 
 def inputs(dtype=torch.float64):

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cdm_kernels import cumulative_logits, log_ratio, noise_level_cross_entropy, suffix_table
 from torch.autograd import gradcheck, gradgradcheck
+
+from cdm_kernels import cumulative_logits, log_ratio, noise_level_cross_entropy, suffix_table
 
 
 def outputs(rows=4, levels=9, seed=0, dtype=torch.float64):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cdm_kernels import mean_conv3x3
 from torch.autograd import gradcheck, gradgradcheck
+
+from cdm_kernels import mean_conv3x3
 
 
 def inputs(size):

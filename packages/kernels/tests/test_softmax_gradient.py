@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cdm_kernels import softmax_gradient
 from torch.autograd import gradcheck, gradgradcheck
+
+from cdm_kernels import softmax_gradient
 
 LOGITS = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 HARD = torch.tensor([5, 0, 2])

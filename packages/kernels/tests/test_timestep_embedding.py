@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from cdm_kernels import adm_embedding, ddpm_embedding, edm_fourier_embedding, edm_positional_embedding
 from torch.autograd import gradcheck, gradgradcheck
+
+from cdm_kernels import adm_embedding, ddpm_embedding, edm_fourier_embedding, edm_positional_embedding
 
 T = torch.tensor([0.0, 1.0, 37.5, 999.0], dtype=torch.float64)
 FREQUENCIES = torch.tensor([0.5, -3.0, 11.0, 1.25], dtype=torch.float64)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cdm_core import formats
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError

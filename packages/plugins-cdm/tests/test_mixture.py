@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cdm_core
 import pytest
 import torch
+
+import cdm_core
 from cdm_core.config import resolve
 from cdm_core.manager import load_registry
 from cdm_core.training import train
@@ -27,7 +28,7 @@ def test_trained_density_and_samples_are_close_to_the_truth(tmp_path: Path) -> N
     run = cdm_core.load_run(tmp_path / "run", device="cpu")
     assert run.data is not None
     assert run.data.mixture is not None
-    x0, _ = run.examples("test", limit=5000)
+    x0, _ = run.examples("test", range(5000))
     excess = (run.data.mixture.log_density(x0) - run.log_density(x0)).mean() / 2
     assert abs(excess) < 0.03  # nats/dim
     samples = run.sample(5000, seed=0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_kernels import cumulative_logits

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_core.random import Draws
@@ -14,7 +16,6 @@ from cdm_plugins_cdm.configs import MLPConfig, ObjectiveConfig, UNetConfig
 from cdm_plugins_cdm.model import MLP
 from cdm_plugins_cdm.objective import CDMObjective, terms
 from cdm_plugins_cdm.unet import UNet
-from torch import Tensor
 
 POINTS = DataInfo("points", (3, 1, 1), 4, levels=None)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from cdm_core import schedules
 from cdm_core.errors import UserError
 from cdm_core.mixtures import GaussianMixture
 from cdm_core.random import Draws
 from cdm_plugins_cdm.model import NoiseLevelClassifier
-from torch import Tensor
 
 PATHS = {
     "linear": schedules.linear(50),

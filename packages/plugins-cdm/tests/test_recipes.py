@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cdm_core.config import resolve
 from cdm_core.manager import load_registry
 from cdm_core.schedules import grid

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's colours: colour-blind readers tell them apart. Every figure has a white ground.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -121,7 +121,7 @@ def histogram(values: Mapping[str, Any], lines: Mapping[str, float], xlabel: str
     low, high = np.quantile(everything, [0.005, 0.995])
     low, high = min([low, *lines.values()]), max([high, *lines.values()])
     pad = 0.04 * (high - low) or 1.0
-    bins = np.linspace(low - pad, high + pad, 48)
+    bins = np.linspace(low - pad, high + pad, 48).tolist()
 
     def draw(axes: Axes) -> None:
         for (name, array), colour in zip(arrays.items(), (BLUE, ORANGE, GREEN), strict=False):

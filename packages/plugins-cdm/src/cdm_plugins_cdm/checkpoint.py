@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_core.formats import Foreign, filled, overridden, read_tensors
 from cdm_core.settings import Selection
-from torch import Tensor
-
 from cdm_plugins_cdm.configs import UNetConfig
 
 # Levels that a path of T steps has beside them: clean data and pure noise, or fewer.

@@ -19,12 +19,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from cdm_core import schedules
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_kernels import cumulative_logits, suffix_table
-from torch import Tensor, nn
-
 from cdm_plugins_cdm.configs import ClassifierConfig, MLPConfig
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from cdm_core.errors import UserError
 from cdm_core.random import Draws
 from cdm_kernels import cumulative_logits, noise_level_cross_entropy
-from torch import Tensor
-
 from cdm_plugins_cdm.configs import ObjectiveConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier
 

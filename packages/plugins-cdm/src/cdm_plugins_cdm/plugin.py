@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from cdm_core import hookimpl
 from cdm_core.records import CheckpointFormat, Model, Objective, Recipe
-
 from cdm_plugins_cdm.configs import MLPConfig, ObjectiveConfig, UNetConfig
 from cdm_plugins_cdm.recipes import RECIPES
 

@@ -36,16 +36,16 @@ _DIGITS: dict[str, Any] = {
 }
 
 _MIXTURE: dict[str, Any] = {
-    "model": {"name": "mlp", "path": "uniform", "noise_steps": 200},
+    "model": {"name": "mlp", "path": "uniform", "noise_steps": 60},
     "objective": {"name": "cdm", "w_ce": 0.1},
     "data": {"name": "core/gaussian-mixture"},
     "sampler": {"name": "core/dpm-solver++"},
     "train": {
         "steps": 3000,
-        "batch_size": 256,
-        "lr": 4e-3,
+        "batch_size": 512,
+        "lr": 3e-3,
         "lr_schedule": [{"kind": "warmup", "steps": 100}, {"kind": "cosine"}],
-        "ema_decay": 0.995,
+        "ema_decay": 0.999,
         "validate_every": 1000,
         "checkpoint_every": 1000,
     },

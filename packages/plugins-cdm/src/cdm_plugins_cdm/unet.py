@@ -14,11 +14,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_kernels import group_norm_silu, mean_conv3x3
-from torch import Tensor, nn
-
 from cdm_plugins_cdm.configs import UNetConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier, count_classes, make_path
 
