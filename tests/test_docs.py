@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
+
 from cdm_core import hookspecs
 from cdm_core.cli import cli
-from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 HOOKS = {

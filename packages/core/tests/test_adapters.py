@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from cdm_core.adapter_configs import BayesConfig, CFGConfig
 from cdm_core.adapters import BayesClassifier, ClassifierFreeGuidance
 from cdm_core.capabilities import offered

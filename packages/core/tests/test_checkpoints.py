@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cdm_core import UserError, checkpoints
 from cdm_core.checkpoints import RunFolder, safetensors_bytes, torch_bytes
 from cdm_core.config import resolve

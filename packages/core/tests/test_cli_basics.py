@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import click
 import pytest
+from click.testing import CliRunner
+
 from cdm_core import UserError, cli, hookimpl
 from cdm_core.commands import COMMANDS
 from cdm_core.commands.common import pick_device
 from cdm_core.manager import load_registry
 from cdm_core.testing.plugins import BROKEN, GOOD, FakePlugin, installed
-from click.testing import CliRunner
 
 COMMANDED = FakePlugin(
     "toy",

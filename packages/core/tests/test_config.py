@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import tomli_w
+
 from cdm_core import UserError, hookimpl
 from cdm_core.config import diff, from_toml, is_resumable, resolve, to_dict, to_toml
 from cdm_core.manager import Registry, load_registry

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
 from cdm_core import samplers, schedules
 from cdm_core.data import Data, DataInfo, TensorSplit
 from cdm_core.manager import load_registry
@@ -20,7 +22,6 @@ from cdm_core.testing import (
     all_components,
 )
 from cdm_core.testing.conformance import Case, randomise, three_classes
-from torch import nn
 
 
 def needs_files(name):

@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.io import savemat
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torchvision import datasets
+
 from cdm_core.data import DataInfo, TensorSplit, carve, folder, mixture, vision
 from cdm_core.data import digits as digits_data
 from cdm_core.data.configs import (
@@ -26,10 +31,6 @@ from cdm_core.data.configs import (
 )
 from cdm_core.errors import UserError
 from cdm_core.random import Draws
-from PIL import Image
-from scipy.io import savemat
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
-from torchvision import datasets
 
 ALL_LEVELS = [2, 3, 16, 17, 100, 200, 255, 256]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cdm_core.checkpoints import RunFolder
 
 PLUGINS = Path(__file__).parent / "plugins"

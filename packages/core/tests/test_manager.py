@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+
 from cdm_core import UserError, hookimpl
 from cdm_core.manager import PluginWarning, Registry, Source, load_registry
 from cdm_core.manager import installed as entry_points

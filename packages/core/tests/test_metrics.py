@@ -1,4 +1,4 @@
-"""Metrics against analytic truth: the oracle's own data, copies that must be caught, distances in closed form."""
+"""Metrics against analytic truth: the oracle's own data, copies to be caught, distances in closed form."""
 
 from __future__ import annotations
 

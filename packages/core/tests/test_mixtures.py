@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import multivariate_normal
+
 from cdm_core import capabilities, schedules
 from cdm_core.mixtures import GaussianMixture
 from cdm_core.random import Draws
-from scipy.stats import multivariate_normal
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cdm_core import UserError
 from cdm_core.checkpoints import RunFolder
 from cdm_core.config import resolve

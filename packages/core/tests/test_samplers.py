@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from cdm_core import samplers, schedules
 from cdm_core.errors import UserError
 from cdm_core.mixtures import GaussianMixture

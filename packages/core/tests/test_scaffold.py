@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
+
 from cdm_core import UserError, scaffold
 from cdm_core.cli import cli
 from cdm_core.config import resolve
 from cdm_core.manager import load_registry
-from click.testing import CliRunner
 
 NAME = "my-method"
 MODULE = "cdm_plugins_my_method"

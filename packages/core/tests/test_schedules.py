@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from cdm_core import schedules
 from cdm_core.errors import UserError
 

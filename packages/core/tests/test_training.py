@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
 from cdm_core import UserError, hookimpl, lr
 from cdm_core.checkpoints import RunFolder
 from cdm_core.commands.common import Session
@@ -21,8 +24,6 @@ from cdm_core.manager import Registry
 from cdm_core.random import Draws, fold
 from cdm_core.settings import LRFactor, RunConfig
 from cdm_core.training import bounds, order, train
-from click.testing import CliRunner
-from safetensors.torch import load_file
 
 PLUGINS = Path(__file__).parent / "plugins"
 LEFT_OUT = ("split", "seconds", "images_per_second")  # the same in every line, or never the same

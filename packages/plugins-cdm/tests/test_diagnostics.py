@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from cdm_core import schedules
 from cdm_core.mixtures import GaussianMixture
 from cdm_core.random import Draws
 from cdm_plugins_cdm import diagnostics
-from torch import Tensor
 
 PATHS = [
     schedules.uniform(100),

@@ -1,8 +1,8 @@
 """Core runtime of cdm-run: it knows no method; plugins teach it one each.
 
-    run = cdm_core.load_run("runs/digits")
-    images = run.sample(64, seed=0)
-    nats = run.log_density(images)
+run = cdm_core.load_run("runs/digits")
+images = run.sample(64, seed=0)
+nats = run.log_density(images)
 """
 
 from __future__ import annotations

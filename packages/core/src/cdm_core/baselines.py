@@ -1,8 +1,8 @@
 """Classical densities on the same data: what a learned density has to beat.
 
 A full-covariance Gaussian and a 10-component full-covariance Gaussian mixture (expectation-maximisation,
-scikit-learn), fitted to the dequantised training split in model units, each with the ridge that does best on the
-validation split, and scored on the same held-out draws as the model.
+scikit-learn), fitted to the dequantised training split in model units, each with the ridge that does best on
+the validation split, and scored on the same held-out draws as the model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from cdm_core.errors import UserError
 
 COMPONENTS = 10
-# Added to every covariance's diagonal, squared model units (the range is [-1, 1]). Without it, pixels that happen
-# to be constant in a component keep the variance of the dequantisation noise alone and the mixture overfits: 0.3
-# bits/dim worse on held-out digits.
+# Added to every covariance's diagonal, squared model units (the range is [-1, 1]). Without it, pixels that
+# happen to be constant in a component keep the variance of the dequantisation noise alone and the mixture
+# overfits: 0.3 bits/dim worse on held-out digits.
 RIDGES = (3e-4, 1e-3, 3e-3)
 MAX_DIM = 1024  # EM over full covariances costs images * dim^2 * components an iteration
 MAX_IMAGES = 20_000

@@ -122,6 +122,12 @@ def register_metrics() -> Iterable[Metric]:
     return [
         Metric("nll", "Mean negative log-likelihood, nats and bits/dim", f"{module}:nll", requires=density),
         Metric(
+            "bound",
+            "Likelihood that the ancestral sampler guarantees",
+            f"{module}:bound",
+            requires=_DENOISE,
+        ),
+        Metric(
             "baselines",
             "Gaussian and Gaussian mixture fitted to the same data",
             f"{module}:baselines",

@@ -2,8 +2,8 @@
 
 With x_i = x0 + sigma_i n and sigma_1 < ... < sigma_N, the posterior q(x_{i-1} | x_i, x0) is a Gaussian with
 mean x0 + r (x_i - x0) and variance v_i = sigma_{i-1}^2 (1 - r), r = (sigma_{i-1} / sigma_i)^2. The chain that
-starts at N(0, s^2 I), moves with x0 replaced by D(x_i, sigma_i) and a variance w_i, and ends with N(D(x_1), w_1 I)
-has (Ho et al. 2020, equation 5, in the variance-exploding form)
+starts at N(0, s^2 I), moves with x0 replaced by D(x_i, sigma_i) and a variance w_i, and ends with
+N(D(x_1), w_1 I) has (Ho et al. 2020, equation 5, in the variance-exploding form)
 
     -log p(x0) <= KL(N(x0, sigma_N^2) | N(0, s^2)) - E log N(x0; D(x_1), w_1)
                   + sum_{i >= 2} E 1/2 [d (v_i / w_i - 1 + log(w_i / v_i)) + (1 - r)^2 |x0 - D(x_i)|^2 / w_i].

@@ -117,6 +117,7 @@ def histogram(values: Mapping[str, Any], lines: Mapping[str, float], xlabel: str
     The range covers 99% of the values; the few beyond it are counted in the outermost bins.
     """
     arrays = {name: np.asarray(value, dtype=np.float64) for name, value in values.items()}
+    arrays = {name: array[np.isfinite(array)] for name, array in arrays.items()}
     everything = np.concatenate(list(arrays.values()))
     low, high = np.quantile(everything, [0.005, 0.995])
     low, high = min([low, *lines.values()]), max([high, *lines.values()])

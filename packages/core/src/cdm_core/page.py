@@ -44,7 +44,8 @@ th { font-weight: 600; color: var(--soft); }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--ground); border: 1px solid var(--line); border-radius: 8px;
   padding: .9rem 1rem;
-  overflow-x: auto; font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: .5rem 0 0; }
+  overflow-x: auto; font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  margin: .5rem 0 0; }
 details + details { margin-top: .8rem; }
 summary { cursor: pointer; font-weight: 600; }
 """

@@ -1,7 +1,7 @@
 """Random numbers that do not depend on how a batch is spread over processes.
 
-Every draw of training and evaluation is keyed by (seed, purpose, step): nothing has to be saved to resume, and
-two processes see the numbers that one would.
+Every draw of training and evaluation is keyed by (seed, purpose, step): nothing has to be saved to resume,
+and two processes see the numbers that one would.
 """
 
 from __future__ import annotations

@@ -127,6 +127,8 @@ class Report:
         found = self.found.values.get("core/nll")
         if found:
             yield f"held-out {unit}", f"{found[key]:.3f}", f"± {found[f'{key}_se']:.3f}, lower is better"
+        if found := self.found.values.get("core/bound"):
+            yield f"guaranteed {unit}", f"{found[key]:.3f}", f"± {found[f'{key}_se']:.3f}, by the sampler"
         for words, value in self.baselines().items():
             yield f"{words}, {unit}", f"{value:.3f}", "on the same images"
 
@@ -214,6 +216,8 @@ class Report:
             values[words] = (
                 scores.bits_per_dim if key == "bits_per_dim" else -scores.nats / scores.dim
             ).numpy()
+        if not all(np.isfinite(scored).any() for scored in values.values()):
+            return page.section("Likelihood", page.paragraph("No log-density is finite."))
         caption = f"{unit} of each image (lower is likelier); vertical lines are means."
         picture = figures.histogram(values, self.baselines(), unit)
         return page.section("Likelihood", page.figures([page.figure(picture, caption)]))

@@ -30,6 +30,8 @@ from cdm_core.settings import RunConfig, SampleConfig, Selection
 
 __all__ = ["ImageDraws", "Likelihood", "Run", "RunFolder", "SamplePlan", "load_run"]
 
+CHAIN = 1000  # levels of the chain that bounds the likelihood of a model without levels of its own
+
 Labels = int | Sequence[int] | Literal["none"] | None
 Progress = Callable[[int, int], None]
 Weights = Literal["ema", "model"]
@@ -241,6 +243,14 @@ class Run:
         low, high = map(float, self.model.sigma_range)
         sigmas = schedules.rho_grid(low, high, settings.steps)
         return sigmas, float(sigmas[0])
+
+    def chain(self) -> tuple[Tensor, float]:
+        """All noise levels (N,) float64, ascending, and the std of the first state of a walk over them."""
+        if hasattr(self.model, "sigmas"):
+            sigmas = self.model.sigmas
+            return sigmas, 1 / float(self.model.scale(sigmas[-1:].to(self.device)))
+        low, high = map(float, self.model.sigma_range)
+        return schedules.rho_grid(low, high, CHAIN).flip(0), high
 
     def labels_for(self, indices: Sequence[int], labels: Labels = None) -> Tensor | None:
         """The class of each image index, (N,) int64: `labels` cycled; None where no class is wanted."""

@@ -70,6 +70,7 @@ def register_recipes() -> Iterable[records.Recipe]:
 
 def squares(config: DataConfig) -> Any:
     import torch
+
     from cdm_core.data import Data, DataInfo, TensorSplit
 
     generator = torch.Generator().manual_seed(0)

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from cdm_core.random import Draws, fold
 from torch import Tensor
+
+from cdm_core.random import Draws, fold
 
 if TYPE_CHECKING:
     from cdm_plugins_cdm.model import NoiseLevelClassifier

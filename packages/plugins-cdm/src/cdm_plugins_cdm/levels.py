@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+
 from cdm_core.commands.common import device_option, json_option
 from cdm_core.random import Draws, fold
-
 from cdm_plugins_cdm.diagnostics import by_noise, confusion, level_errors
 
 if TYPE_CHECKING:
-    from cdm_core.runs import Run
     from torch import Tensor
+
+    from cdm_core.runs import Run
 
 CURVE_LEVELS = 24
 

@@ -16,6 +16,8 @@ is needed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,12 @@ from torch import Tensor, nn
 from cdm_core import schedules
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
+from cdm_core.random import Draws
 from cdm_kernels import cumulative_logits, suffix_table
 from cdm_plugins_cdm.configs import ClassifierConfig, MLPConfig
+
+if TYPE_CHECKING:
+    from cdm_core.runs import Run
 
 
 def make_path(config: ClassifierConfig) -> schedules.Path:
@@ -168,6 +174,20 @@ class NoiseLevelClassifier(nn.Module):
         dim = x[0].numel()
         log_normal = -0.5 * (x_t.flatten(1).square().sum(1) + dim * math.log(2 * math.pi))
         return log_normal - log_ratio + dim * self.path.to(x.device).alpha[level].log().to(x.dtype)
+
+    # -- how far to trust it ---------------------------------------------------------------------------------
+
+    def likelihood_diagnostics(self, x0: Tensor, draws: Draws) -> dict[str, float]:
+        """Checks of the density on held-out x0 (B, C, H, W) in model units: `cdm_plugins_cdm.diagnostics`."""
+        from cdm_plugins_cdm import diagnostics
+
+        return diagnostics.likelihood_diagnostics(self, x0, draws)
+
+    def report_figures(self, run: Run) -> Iterable[tuple[str, bytes, str]]:
+        """(title, PNG, caption) for a run's report: `cdm_plugins_cdm.levels`."""
+        from cdm_plugins_cdm import levels
+
+        return levels.figures(levels.analyse(run))
 
 
 class MLP(NoiseLevelClassifier):

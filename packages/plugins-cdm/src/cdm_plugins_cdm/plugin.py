@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cdm_core import hookimpl
-from cdm_core.records import CheckpointFormat, Model, Objective, Recipe
+from cdm_core.records import CheckpointFormat, Command, Model, Objective, Recipe
 from cdm_plugins_cdm.configs import MLPConfig, ObjectiveConfig, UNetConfig
 from cdm_plugins_cdm.recipes import RECIPES
 
@@ -43,3 +43,9 @@ def register_checkpoint_formats() -> Iterable[CheckpointFormat]:
 @hookimpl
 def register_recipes() -> Iterable[Recipe]:
     return RECIPES
+
+
+@hookimpl
+def register_commands() -> Iterable[Command]:
+    target = "cdm_plugins_cdm.levels:command"
+    return [Command("levels", "Noise-level estimation: accuracy, confusion, denoising error", target)]
