@@ -207,6 +207,7 @@ def test_evaluate_keeps_its_figures(invoke: Invoke, root: Path) -> None:
     assert set(found["values"]) == {
         "core/accuracy",
         "core/baselines",
+        "core/bound",
         "core/nearest-neighbour",
         "core/nll",
         "core/sliced-wasserstein",

@@ -43,6 +43,7 @@ class UNetConfig(ClassifierConfig):
     ch_mult: tuple[int, ...] = (1, 2, 2, 2)  # width of each resolution, in base widths
     num_res_blocks: int = 2  # a resolution, one more on the way up
     attn_resolutions: tuple[int, ...] = (16,)  # heights with attention, beside the middle
+    norm_groups: int = 32  # of every GroupNorm; a group of one channel would erase what a class adds to it
     dropout: float = 0.1
     resamp_with_conv: bool = True  # False: average pooling down, repetition up
     decoder: bool = True  # False: the way down and the middle only
@@ -54,6 +55,8 @@ class UNetConfig(ClassifierConfig):
             raise ValueError("channels and num_res_blocks must be at least 1")
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"ch_mult must hold one width of at least 1 a resolution, not {self.ch_mult}")
+        if self.norm_groups < 1 or self.channels % self.norm_groups:
+            raise ValueError(f"norm_groups must divide channels {self.channels}, not be {self.norm_groups}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
@@ -61,7 +64,13 @@ class UNetConfig(ClassifierConfig):
     def small(cls) -> UNetConfig:
         """A net that tests can afford."""
         return cls(
-            channels=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, noise_steps=20
+            channels=8,
+            ch_mult=(1, 2),
+            num_res_blocks=1,
+            attn_resolutions=(4,),
+            norm_groups=2,
+            dropout=0.0,
+            noise_steps=20,
         )
 
 

@@ -23,21 +23,11 @@ from cdm_plugins_cdm.configs import UNetConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier, count_classes, make_path
 
 
-def count_groups(channels: int) -> int:
-    """32 as in the official nets; where 32 does not divide the channels, as many as leave 4 or more to each.
-
-    (A group of one channel loses the channel's mean, and with it all that a class embedding adds.)
-    """
-    if channels % 32 == 0:
-        return 32
-    return max(n for n in range(1, max(2, channels // 4 + 1)) if channels % n == 0)
-
-
 class Norm(nn.GroupNorm):
     """GroupNorm, then SiLU."""
 
-    def __init__(self, channels: int, activation: bool = True) -> None:
-        super().__init__(count_groups(channels), channels, eps=1e-6)
+    def __init__(self, channels: int, groups: int, activation: bool = True) -> None:
+        super().__init__(groups, channels, eps=1e-6)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,13 +39,13 @@ class Norm(nn.GroupNorm):
 class ResBlock(nn.Module):
     """x + conv(drop(silu(norm(conv(silu(norm(x))) + class)))), x projected where the widths differ."""
 
-    def __init__(self, inputs: int, outputs: int, dropout: float, embedding: int | None) -> None:
+    def __init__(self, inputs: int, outputs: int, config: UNetConfig, embedding: int | None) -> None:
         super().__init__()
-        self.norm1 = Norm(inputs)
+        self.norm1 = Norm(inputs, config.norm_groups)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.temb_proj = nn.Linear(embedding, outputs) if embedding else None
-        self.norm2 = Norm(outputs)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = Norm(outputs, config.norm_groups)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -74,9 +64,9 @@ class Attention(nn.Module):
     Matrix products and a softmax: fused attention has no second derivative, which the denoising loss needs.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = Norm(channels, activation=False)
+        self.norm = Norm(channels, groups, activation=False)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +105,7 @@ class Stage(nn.Module):
         self.depth = len(blocks)
         self.block = nn.ModuleList(blocks)
         widths = [block.conv2.out_channels for block in blocks] if attention else []
-        self.attn = nn.ModuleList(Attention(width) for width in widths)
+        self.attn = nn.ModuleList(Attention(width, blocks[0].norm1.num_groups) for width in widths)
         self.resample_name = resample[0] if resample else None
         if resample:
             self.add_module(*resample)  # under its official name: `downsample` or `upsample`
@@ -133,11 +123,11 @@ class Stage(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float, embedding: int | None) -> None:
+    def __init__(self, channels: int, config: UNetConfig, embedding: int | None) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, dropout, embedding)
-        self.attn_1 = Attention(channels)
-        self.block_2 = ResBlock(channels, channels, dropout, embedding)
+        self.block_1 = ResBlock(channels, channels, config, embedding)
+        self.attn_1 = Attention(channels, config.norm_groups)
+        self.block_2 = ResBlock(channels, channels, config, embedding)
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
         """(B, C, H, W) -> the same shape."""
@@ -169,11 +159,11 @@ class UNet(NoiseLevelClassifier):
         self.conv_in = nn.Conv2d(info.shape[0], channels, 3, padding=1)
         self.down, skips = _way_down(config, info, embedding)
         width = skips[-1]
-        self.mid = Middle(width, config.dropout, embedding)
+        self.mid = Middle(width, config, embedding)
         self.up = _way_up(config, info, embedding, skips) if config.decoder else None
         if config.decoder:
             width = channels * config.ch_mult[0]
-        self.norm_out = Norm(width)
+        self.norm_out = Norm(width, config.norm_groups)
         self.conv_out = nn.Conv2d(width, 2 * channels, 3, padding=1)
 
     def features(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -218,7 +208,7 @@ def _way_down(config: UNetConfig, info: DataInfo, embedding: int | None) -> tupl
     for i, factor in enumerate(config.ch_mult):
         width, blocks = config.channels * factor, []
         for _ in range(config.num_res_blocks):
-            blocks.append(ResBlock(skips[-1], width, config.dropout, embedding))
+            blocks.append(ResBlock(skips[-1], width, config, embedding))
             skips.append(width)
         attention = info.shape[1] >> i in config.attn_resolutions
         if i == last:
@@ -237,7 +227,7 @@ def _way_up(config: UNetConfig, info: DataInfo, embedding: int | None, skips: li
     for i, factor in reversed(list(enumerate(config.ch_mult))):
         blocks = []
         for _ in range(config.num_res_blocks + 1):
-            blocks.append(ResBlock(width + left.pop(), config.channels * factor, config.dropout, embedding))
+            blocks.append(ResBlock(width + left.pop(), config.channels * factor, config, embedding))
             width = config.channels * factor
         attention = info.shape[1] >> i in config.attn_resolutions
         resample = ("upsample", Resample(width, up=True, with_conv=config.resamp_with_conv)) if i else None
