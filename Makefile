@@ -20,7 +20,9 @@ $(STAMP): constraints.txt pyproject.toml $(PACKAGES:=/pyproject.toml)
 	@touch $@
 
 demo: install ## Train on real digits, sample, score, report (minutes on 2 cores)
-	$(BIN)/cdm-run --plugin cdm demo --out runs/demo
+	$(BIN)/cdm-run --plugin cdm train --steps 1200 --out runs/digits
+	$(BIN)/cdm-run sample runs/digits --num 100
+	$(BIN)/cdm-run report runs/digits
 
 test: install ## Run every test
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""For every test: one thread. The nets are tiny, and two processes of two threads each fight over two cores."""
+"""For every test: one thread. The nets are tiny, and processes of two threads each fight over two cores."""
 
 from __future__ import annotations
 

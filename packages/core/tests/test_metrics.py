@@ -73,6 +73,16 @@ def test_nll_of_one_gaussian_is_its_entropy() -> None:
     assert found["n"] == 2000
 
 
+def test_bound_of_the_exact_denoiser_is_just_above_the_truth() -> None:
+    run = points(std=0.2)
+    found, truth = compute("bound", run), compute("nll", run)
+    # Not the same images (the bound takes the first 1,024), nor without noise of its own.
+    error = math.hypot(found["nats_per_dim_se"], truth["nats_per_dim_se"])
+    assert found["n"] == 1024
+    assert -4 * error < found["nats_per_dim"] - truth["nats_per_dim"] < 0.03 + 4 * error
+    assert error < 0.05
+
+
 def test_baselines_find_the_truth_where_they_can() -> None:
     found = compute("baselines", points(std=0.2))
     truth = found["truth_bits_per_dim"]

@@ -119,7 +119,7 @@ def grey_run(path: Path) -> Run:
 
 
 def test_report_is_one_safe_page(points: Run) -> None:
-    path = write_report(points)
+    path = write_report(points).path
     assert points.path is not None
     assert path == points.path / "report.html"
     html = path.read_text()
@@ -137,7 +137,7 @@ def test_report_is_one_safe_page(points: Run) -> None:
 
 
 def test_report_shows_the_figures_of_evaluate(points: Run) -> None:
-    page = Page(write_report(points).read_text())
+    page = Page(write_report(points).path.read_text())
     assert points.path is not None
     kept = metrics.read(points.path / metrics.FILE)
     assert kept is not None
@@ -159,14 +159,14 @@ def test_report_takes_evaluation_json_only_of_its_own_checkpoint(points: Run, tm
     edited = {**own.to_dict(), "values": {**own.values, "core/accuracy": {**own.values["core/accuracy"]}}}
     edited["values"]["core/accuracy"]["accuracy"] = 0.1234
     write_bytes(path, to_json(edited).encode())
-    assert "12.3%" in write_report(points, tmp_path / "a.html").read_text()
+    assert "12.3%" in write_report(points, tmp_path / "a.html").path.read_text()
     write_bytes(path, to_json({**edited, "step": 2}).encode())
-    assert "12.3%" not in write_report(points, tmp_path / "b.html").read_text()
+    assert "12.3%" not in write_report(points, tmp_path / "b.html").path.read_text()
     assert metrics.read(path) == own
 
 
 def test_report_of_a_run_without_density_or_classes(tmp_path: Path) -> None:
-    page = Page(write_report(grey_run(tmp_path / "run")).read_text())
+    page = Page(write_report(grey_run(tmp_path / "run")).path.read_text())
     assert "Left out: core/nll" in page.text
     assert "Likelihood" not in page.text
     assert "Classification" not in page.text

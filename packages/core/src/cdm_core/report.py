@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +32,24 @@ DENSITIES = {"truth": "the true density", "gaussian": "Gaussian", "gaussian_mixt
 Say = Callable[[str], None]
 
 
-def write_report(run: Run, out: Path | None = None, *, seed: int = 0, progress: Say | None = None) -> Path:
-    """Write the report of a run folder to `out` (None: `report.html` in the folder); returns where.
+class Written(NamedTuple):
+    """Where a report is, and its key figures: (label, value, remark)."""
+
+    path: Path
+    figures: list[tuple[str, str, str]]
+
+
+def write_report(run: Run, out: Path | None = None, *, seed: int = 0, progress: Say | None = None) -> Written:
+    """Write the report of a run folder to `out` (None: `report.html` in the folder).
 
     Evaluates the run on its test split first where `evaluation.json` is missing or of another checkpoint.
     """
     if run.path is None or not run.path.is_dir():
         raise UserError(f"{run.path or run.name} is not a run folder: only these have reports")
     folder = RunFolder(run.path)
-    html = Report(run, folder, seed, progress or (lambda text: None)).html()
-    return write_bytes(out or folder.report_path, html.encode())
+    report = Report(run, folder, seed, progress or (lambda text: None))
+    path = write_bytes(out or folder.report_path, report.html().encode())
+    return Written(path, list(report.tiles()))
 
 
 @dataclass

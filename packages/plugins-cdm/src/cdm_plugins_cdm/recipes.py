@@ -10,6 +10,8 @@ from typing import Any
 
 from cdm_core.records import Recipe
 
+# The encoder alone: per second of training it beats the whole U-Net here, and what it claims of the
+# likelihood agrees with what its sampler guarantees (the package's README has the figures).
 _DIGITS: dict[str, Any] = {
     "model": {
         "name": "unet",
@@ -17,18 +19,21 @@ _DIGITS: dict[str, Any] = {
         "ch_mult": [1, 2, 2],
         "num_res_blocks": 1,
         "attn_resolutions": [4],
-        "dropout": 0.0,
+        "norm_groups": 8,
+        "decoder": False,
         "path": "uniform",
     },
     "objective": {"name": "cdm"},
     "data": {"name": "core/digits"},
     "sampler": {"name": "core/ddim"},
     "train": {
-        "steps": 1600,
+        "steps": 6000,
         "batch_size": 64,
-        "lr": 1e-3,
+        "lr": 2e-3,
+        "betas": [0.9, 0.99],
         "lr_schedule": [{"kind": "warmup", "steps": 100}, {"kind": "cosine"}],
-        "ema_decay": 0.995,
+        "ema_decay": 0.99,
+        "log_every": 100,
         "validate_every": 400,
         "checkpoint_every": 400,
     },

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cdm_core.commands.common import Session, device_option, json_option, seed_option
-from cdm_core.commands.run_options import open_run, run_argument, show_json
+from cdm_core.commands.run_options import open_run, run_argument, show_json, table
 from cdm_core.errors import UserError
 
 
@@ -35,6 +35,7 @@ def report(session: Session, path: Path, out: Path | None, seed: int, device: st
 
     written = write_report(run, out, seed=seed, progress=tell)
     if as_json:
-        show_json({"report": str(written)})
+        show_json({"report": str(written.path)})
     else:
-        click.echo(f"wrote {written}")
+        click.echo(table(written.figures))
+        click.echo(f"wrote {written.path}")
