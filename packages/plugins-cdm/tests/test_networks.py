@@ -42,6 +42,7 @@ def images(rows: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"conditional": True}, 32, 10, 36_296_938),
         ({"path": "ot_official"}, 32, None, 33_405_416),
         ({"ch_mult": (1, 2, 2, 2, 4)}, 64, None, 74_784_490),
+        ({"ch_mult": (2, 1, 2)}, 32, None, 23_293_930),
     ],
 )
 def test_official_parameter_counts(changes: Any, size: int, classes: int | None, count: int) -> None:

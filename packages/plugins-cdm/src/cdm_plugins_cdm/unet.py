@@ -152,7 +152,8 @@ class UNet(NoiseLevelClassifier):
     def __init__(self, config: UNetConfig, info: DataInfo) -> None:
         channels, num_classes = config.channels, count_classes(config, info)
         _check_size(config, info)
-        super().__init__(make_path(config), 2 * channels, num_classes)
+        features = 2 * channels * config.ch_mult[0]
+        super().__init__(make_path(config), features, num_classes)
         embedding = None if num_classes is None else 4 * channels
         self.temb = None if num_classes is None else Embedding(channels)
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes + 1, channels)
@@ -164,10 +165,13 @@ class UNet(NoiseLevelClassifier):
         if config.decoder:
             width = channels * config.ch_mult[0]
         self.norm_out = Norm(width, config.norm_groups)
-        self.conv_out = nn.Conv2d(width, 2 * channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, features, 3, padding=1)
 
     def features(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        """h (B, 2 channels) float32: conv_out's output averaged over the image, without the convolution."""
+        """h (B, D) float32, D = 2 channels ch_mult[0].
+
+        The output of conv_out averaged over the image, without the convolution.
+        """
         embedding = None
         classes = self._classes(y, x_t)
         if self.temb is not None and self.label_emb is not None:
