@@ -20,7 +20,7 @@ $(STAMP): constraints.txt pyproject.toml $(PACKAGES:=/pyproject.toml)
 	@touch $@
 
 demo: install ## Train on real digits, sample, score, report (minutes on 2 cores)
-	$(BIN)/cdm-run --plugin cdm train --steps 1200 --out runs/digits
+	$(BIN)/cdm-run --plugin cdm train --steps 1600 --out runs/digits
 	$(BIN)/cdm-run sample runs/digits --num 100
 	$(BIN)/cdm-run report runs/digits
 

@@ -76,14 +76,22 @@ def test_adjacent_ratios_show_the_level_at_fault(path: schedules.Path, excess: f
 
 def test_the_mean_posterior_of_the_exact_classifier_is_the_prior() -> None:
     exact, false = (Classifier(PATHS[0], excess) for excess in (0.0, 1.5))
-    means = []
+    means, moved = [], []
     for model in (exact, false):
         x0 = images(1024)
-        matrix = diagnostics.confusion(model, x0, Draws(1, 1024), per_level=32)  # type: ignore[arg-type]
+        logits = diagnostics.level_logits(model, x0, Draws(1, 1024), per_level=32)  # type: ignore[arg-type]
+        matrix = diagnostics.confusion(logits)
         torch.testing.assert_close(matrix.sum(1), torch.ones(len(matrix)))
         means.append(matrix.mean(0) * len(matrix))
+        shift = diagnostics.recalibration(logits)
+        mean = (logits + shift).softmax(2).mean((0, 1)) * len(matrix)
+        torch.testing.assert_close(mean, torch.ones_like(mean), rtol=0.01, atol=0)
+        moved.append(float(shift[model.path.clean] - shift[model.reference]))
     assert (means[0] - 1).abs().max() < 0.1
     assert means[1][0] > 2  # the clean level claims more than twice its share
+    # Recalibration takes off what was added, up to the error of 1,344 images.
+    assert abs(moved[0]) < 0.3
+    assert abs(moved[1] + 1.5) < 0.3
 
 
 def test_level_errors_are_those_of_the_exact_denoiser() -> None:
@@ -98,3 +106,16 @@ def test_level_errors_are_those_of_the_exact_denoiser() -> None:
     expected = (0.25 / (0.25 + variance)).float()
     assert ((error - expected).abs() < 5 * deviation).all()
     assert (deviation < 0.03).all()
+
+
+def test_entropies_fall_with_the_noise_to_the_clean_one() -> None:
+    class Scored(Classifier):
+        def log_density(self, x: Tensor, y: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
+            return self.mixture.log_density(x, y, sigma)
+
+    model: Any = Scored(PATHS[0])
+    order = diagnostics.by_noise(model)[:9]
+    nats = diagnostics.nats_by_level(model, images(2048), Draws(1, 2048), order)
+    x0 = images(2048)
+    assert nats[0].item() == pytest.approx(-model.mixture.log_density(x0).mean().item() / 2)
+    assert (nats.diff() > 0).all()

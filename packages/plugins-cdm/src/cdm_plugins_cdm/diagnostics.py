@@ -4,9 +4,10 @@ Nothing in the method normalises: the likelihood of Yadin et al. 2024, theorem 3
 classifier only, and a trained one can report any number, even less than the entropy of the data. These checks
 bound how far it may be from the truth:
 
-- mean posterior: over x from the mixture of all levels, E[p(t | x)] must be the prior p(t), uniform here;
+- mean posterior: over x from the mixture of all levels, E[p(t | x)] must be the prior p(t), uniform here; the
+  constants that make it so move the log-density by `recalibrated_log_density` nats;
 - adjacent ratio: over x ~ p_{t+1}, E[exp(F_t - F_{t+1})] must be p(t) / p(t+1) = 1 for every pair;
-- continuity: the bits/dim read at the lowest noise levels must tend to the one at the clean level;
+- continuity: -log p_t(x_t) must fall with the noise and tend to the clean level's (Theorem 3.2 at any t);
 - normaliser: log of the integral of the model's density, by annealed importance sampling (Neal 2001) from the
   reference N(0, I) through the model's own levels. E[log of the estimate] <= log Z: a stochastic lower bound.
 """
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from cdm_plugins_cdm.model import NoiseLevelClassifier
 
 BATCH = 256
+LOWEST = 16  # noise levels above the clean one that are looked at one by one
+PARTICLES = 128
 
 
 def by_noise(model: NoiseLevelClassifier) -> list[int]:
@@ -45,20 +48,52 @@ def noised_logits(model: NoiseLevelClassifier, x0: Tensor, level: Tensor, noise:
     return torch.cat([model.noise_level_logits(model.path.noised(x, t, e)) for x, t, e in parts])
 
 
-def confusion(model: NoiseLevelClassifier, x0: Tensor, draws: Draws, per_level: int = 8) -> Tensor:
-    """Mean posterior p(t' | x_t) by true level t, (K, K) float32; rows sum to 1.
-
-    Each level sees `per_level` images of x0 (N, C, H, W), taken in turn.
-    """
+def level_logits(model: NoiseLevelClassifier, x0: Tensor, draws: Draws, per_level: int = 8) -> Tensor:
+    """F by true level, (K, per_level, K) float32: each level sees `per_level` images of x0, taken in turn."""
     levels = torch.arange(len(model.path.sigma), device=x0.device)
     rows = []
     for part in levels.split(max(1, BATCH // per_level)):
         level = part.repeat_interleave(per_level)
         images = x0[(torch.arange(len(level), device=x0.device) + int(part[0]) * per_level) % len(x0)]
-        noise = Draws(fold(draws.seed, "confusion", int(part[0])), len(level), device=x0.device)
+        noise = Draws(fold(draws.seed, "level logits", int(part[0])), len(level), device=x0.device)
         logits = noised_logits(model, images, level, noise.normal(*x0.shape[1:]))
-        rows.append(logits.softmax(1).unflatten(0, (-1, per_level)).mean(1))
+        rows.append(logits.unflatten(0, (-1, per_level)))
     return torch.cat(rows)
+
+
+def confusion(logits: Tensor) -> Tensor:
+    """Mean posterior p(t' | x_t) by true level t, (K, K) float32, of `level_logits`; rows sum to 1."""
+    return logits.softmax(2).mean(1)
+
+
+def recalibration(logits: Tensor, most: int = 200, tolerance: float = 1e-3) -> Tensor:
+    """The constants b (K,) for which F + b has the prior as its mean posterior, those of least cross-entropy.
+
+    logits: of `level_logits`. The log-density moves by b_clean - b_reference when they are added.
+    """
+    flat = logits.flatten(0, 1)
+    b = torch.zeros_like(flat[0])
+    for _ in range(most):  # each round lowers the cross-entropy: its derivative in b is mean - 1 / K
+        excess = torch.log((flat + b).softmax(1).mean(0) * len(b))
+        b = b - excess
+        if excess.abs().max() < tolerance:
+            break
+    return b
+
+
+def nats_by_level(model: NoiseLevelClassifier, x0: Tensor, draws: Draws, levels: list[int]) -> Tensor:
+    """Mean of -log p_t(x_t) / d in variance-exploding units, (L,) float32: it rises with the noise."""
+    values = []
+    for t in levels:
+        level = torch.full((len(x0),), t, device=x0.device)
+        x, sigma = model.path.to_ve(model.path.noised(x0, level, draws.normal(*x0.shape[1:])), level)
+        parts = zip(x.split(BATCH), sigma.float().split(BATCH), strict=True)
+        with torch.no_grad():
+            nats = torch.cat(
+                [model.log_density(a, None, s if t != model.path.clean else None) for a, s in parts]
+            )
+        values.append(-nats.mean() / x0[0].numel())
+    return torch.stack(values)
 
 
 def adjacent_log_ratios(
@@ -161,23 +196,26 @@ def _summary(log_w: Tensor, acceptance: float, groups: int = 8) -> Normaliser:
 def likelihood_diagnostics(model: NoiseLevelClassifier, x0: Tensor, draws: Draws) -> dict[str, float]:
     """The checks of this module as named figures; x0 (N, C, H, W) float32 held-out images in model units."""
     order, dim = by_noise(model), x0[0].numel()
-    posterior = confusion(model, x0, draws)
+    logits = level_logits(model, x0, draws)
+    posterior = confusion(logits)
     mean = posterior.mean(0) * len(posterior)
-    low = order[:17]
-    ratios = adjacent_log_ratios(model, x0, draws, low[:-1], low[1:])
-    normaliser = annealed_log_normaliser(
-        model, x0.shape[1:], Draws(fold(draws.seed, "ais"), 128, device=x0.device)
-    )
-    per_dim = 1 / (dim * math.log(2))
+    shift = recalibration(logits)
+    ratios = adjacent_log_ratios(model, x0, draws, order[:LOWEST], order[1 : LOWEST + 1])
+    shown = [0, *(2**i for i in range(LOWEST.bit_length()))]
+    nats = nats_by_level(model, x0, draws, [order[i] for i in shown])
+    particles = Draws(fold(draws.seed, "annealing"), PARTICLES, device=x0.device)
+    normaliser = annealed_log_normaliser(model, x0.shape[1:], particles)
     return {
         "level_accuracy": posterior.diagonal().mean().item(),
         "mean_posterior_tv": (mean - 1).abs().mean().item() / 2,
         "mean_posterior_clean": mean[order[0]].item(),
+        "recalibrated_log_density": (shift[model.path.clean] - shift[model.reference]).item(),
         "adjacent_log_ratio_first": ratios[0].item(),
         "adjacent_log_ratio_worst": ratios[ratios.abs().argmax()].item(),
         "adjacent_log_ratio_sum": ratios.sum().item(),
+        **{f"nats_per_dim_level_{i}": value for i, value in zip(shown, nats.tolist(), strict=True)},
         "log_normaliser": normaliser.log_z,
         "log_normaliser_standard_error": normaliser.standard_error,
         "log_normaliser_effective_share": normaliser.effective_share,
-        "log_normaliser_bits_per_dim": normaliser.log_z * per_dim,
+        "log_normaliser_bits_per_dim": normaliser.log_z / (dim * math.log(2)),
     }

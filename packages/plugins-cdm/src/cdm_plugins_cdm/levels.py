@@ -16,7 +16,7 @@ import torch
 
 from cdm_core.commands.common import device_option, json_option
 from cdm_core.random import Draws, fold
-from cdm_plugins_cdm.diagnostics import by_noise, confusion, level_errors
+from cdm_plugins_cdm.diagnostics import by_noise, confusion, level_errors, level_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def analyse(run: Run, split: str = "test", seed: int = 0) -> dict[str, Any]:
     spread = torch.logspace(0, torch.log10(torch.tensor(float(len(inner)))).item(), CURVE_LEVELS)
     levels = inner[spread.round().long().clamp(1, len(inner)).unique() - 1]
     error, deviation = level_errors(run.model, x0, draws, levels)
-    matrix = confusion(run.model, x0, draws).cpu()[order][:, order]
+    matrix = confusion(level_logits(run.model, x0, draws)).cpu()[order][:, order]
     return {
         "confusion": matrix,
         "sigma": (run.model.path.sigma / run.model.path.alpha)[levels.cpu()],
