@@ -18,8 +18,10 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from cdm_core import UserError, images, load_run
 from cdm_core.checkpoints import RunFolder, safetensors_bytes
 from cdm_core.cli import cli
+from cdm_core.commands.classify import read_folder
 from cdm_core.config import resolve, to_toml
 from cdm_core.data.configs import GaussianMixtureConfig
 from cdm_core.data.mixture import load
@@ -225,13 +227,26 @@ def test_evaluate_keeps_its_figures(invoke: Invoke, root: Path) -> None:
     assert "skipped core/accuracy: " in skipped
 
 
-def test_classify_split_and_folder(invoke: Invoke, root: Path, tmp_path: Path) -> None:
+def test_classify_split(invoke: Invoke, root: Path, tmp_path: Path) -> None:
     found = json.loads(invoke("classify", root / "points", "--json", "--out", tmp_path / "y.csv").stdout)
     assert found["accuracy"] > 0.9
     assert found["low"] < found["accuracy"] <= found["high"]
     rows = list(csv.DictReader((tmp_path / "y.csv").open()))
     assert np.mean([row["predicted"] == row["label"] for row in rows]) == pytest.approx(found["accuracy"])
     assert "accuracy" in invoke("classify", root / "points").stdout
+
+
+def test_classify_reads_a_folder_as_the_data_are(root: Path, tmp_path: Path) -> None:
+    run = load_run(root / "digits", device="cpu")
+    pixels, _ = run.split("test").__getitems__([0, 1, 2])
+    for index, image in enumerate(images.from_data(pixels, run.info)):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{index}.png")
+    names, x0 = read_folder(run, tmp_path, seed=0)
+    assert names == ["0.png", "1.png", "2.png"]
+    assert torch.equal(run.info.to_pixels(x0), pixels)
+    (tmp_path / "3.png").write_text("no image")
+    with pytest.raises(UserError, match=r"3\.png.*damaged"):
+        read_folder(run, tmp_path, seed=0)
 
 
 def test_converted_file(invoke: Invoke, root: Path, tmp_path: Path) -> None:

@@ -77,10 +77,5 @@ def check_objective(config: RunConfig, registry: Registry, model: object) -> Non
         record.requires,
         user=f"the objective {name!r}",
         model_name=f"the model {config.model.name!r}",
-        hint="; ".join(_suppliers(registry, capability) for capability in missing),
+        hint=registry.hint(missing),
     )
-
-
-def _suppliers(registry: Registry, capability: str) -> str:
-    names = ", ".join(registry.provides(capability, kind="model"))
-    return f"`{capability}` is offered by {names or 'no installed model'}"

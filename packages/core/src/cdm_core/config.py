@@ -62,7 +62,7 @@ class _Layer:
 
 
 @dataclass
-class _Merged:
+class Merged:
     """Layers laid over one another, and which of them set each dotted key."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def resolve(
     `UserError` on an unknown key, a value of the wrong type or out of range, or an unknown component.
     """
     file = _read(config_file) if config_file is not None else {}
-    changes = _overrides(overrides)
+    changes = parse_overrides(overrides)
     chosen = recipe or changes.get("recipe")
     base: list[_Layer] = []
     if chosen or not all(_names(file, table) for table in COMPONENTS):
@@ -119,8 +119,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"recipe": config.recipe, "seed": config.seed}
     for table in COMPONENTS:
         chosen: Selection = getattr(config, table)
-        values[table] = {"name": chosen.name, **(_plain(chosen.config) if chosen.config is not None else {})}
-    return values | {table: _plain(getattr(config, table)) for table in TABLES}
+        values[table] = {"name": chosen.name, **(plain(chosen.config) if chosen.config is not None else {})}
+    return values | {table: plain(getattr(config, table)) for table in TABLES}
 
 
 def diff(a: RunConfig, b: RunConfig, *, resumable: bool = True) -> list[str]:
@@ -159,7 +159,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid TOML: {error}") from error
 
 
-def _overrides(texts: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     """`a.b=c` texts as one nested dictionary."""
     values: dict[str, Any] = {}
     for text in texts:
@@ -224,8 +224,8 @@ def _names(values: Mapping[str, Any], table: str) -> bool:
     return isinstance(chosen, str) or (isinstance(chosen, Mapping) and "name" in chosen)
 
 
-def _merge(registry: Registry, layers: Sequence[_Layer]) -> _Merged:
-    merged = _Merged()
+def _merge(registry: Registry, layers: Sequence[_Layer]) -> Merged:
+    merged = Merged()
     for layer in layers:
         for key, value in layer.values.items():
             if key not in KEYS:
@@ -237,7 +237,7 @@ def _merge(registry: Registry, layers: Sequence[_Layer]) -> _Merged:
     return merged
 
 
-def _merge_component(registry: Registry, merged: _Merged, layer: _Layer, table: str, value: Any) -> None:
+def _merge_component(registry: Registry, merged: Merged, layer: _Layer, table: str, value: Any) -> None:
     """Lay a component's table over what is there; another component's settings do not carry over."""
     value = {"name": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
@@ -262,7 +262,7 @@ def _named(registry: Registry, layer: _Layer, table: str, name: Any) -> tuple[st
         raise UserError(f"{table}.name in {layer.where}: {error}") from error
 
 
-def _lay(merged: _Merged, target: dict[str, Any], where: str, dotted: str, key: str, value: Any) -> None:
+def _lay(merged: Merged, target: dict[str, Any], where: str, dotted: str, key: str, value: Any) -> None:
     """target[key] = value, tables merged key by key, noting where each leaf came from."""
     if not isinstance(value, Mapping):
         target[key] = value
@@ -283,32 +283,32 @@ def _build(registry: Registry, layers: Sequence[_Layer], recipe: str) -> RunConf
     for table, kind in COMPONENTS.items():
         parts[table] = _select(registry, merged, table, kind)
     for table, cls in TABLES.items():
-        parts[table] = _fill(cls, merged.values.get(table, {}), table, merged)
+        parts[table] = fill(cls, merged.values.get(table, {}), table, merged)
     return RunConfig(**parts)
 
 
-def _seed(merged: _Merged) -> int:
+def _seed(merged: Merged) -> int:
     seed: int = _convert(int, merged.values.get("seed", 0), "seed", merged)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed in {merged.where('seed')} must be between 0 and 2**63 - 1, not {seed}")
     return seed
 
 
-def _select(registry: Registry, merged: _Merged, table: str, kind: str) -> Selection:
+def _select(registry: Registry, merged: Merged, table: str, kind: str) -> Selection:
     values = dict(merged.values.get(table, {}))
     if "name" not in values:
         known = ", ".join(registry.components(kind)) or "none is installed"
         raise UserError(f"{table}.name is missing: say --set {table}.name=NAME (known: {known})")
     full, record = registry.find(kind, values.pop("name"))
     if record.config is not None:
-        return Selection(full, _fill(record.config, values, table, merged))
+        return Selection(full, fill(record.config, values, table, merged))
     if values:
         key = f"{table}.{next(iter(values))}"
         raise UserError(f"unknown key {key!r} in {merged.where(key)}: {full} has no settings")
     return Selection(full)
 
 
-def _fill(cls: type, values: Any, path: str, merged: _Merged) -> Any:
+def fill(cls: type, values: Any, path: str, merged: Merged) -> Any:
     """An instance of the dataclass `cls` from plain values; `path` is the dotted key of the whole."""
     if not isinstance(values, Mapping):
         raise _wrong(path, merged, "a table", values)
@@ -374,11 +374,11 @@ def _hints(cls: type) -> dict[str, Any]:
         ) from error
 
 
-def _wrong(path: str, merged: _Merged, wanted: str, value: Any) -> UserError:
+def _wrong(path: str, merged: Merged, wanted: str, value: Any) -> UserError:
     return UserError(f"{path} in {merged.where(path)} must be {wanted}, not {value!r}")
 
 
-def _convert(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
+def _convert(hint: Any, value: Any, path: str, merged: Merged) -> Any:
     """`value` as the type `hint`, losslessly, or `UserError`."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -393,11 +393,11 @@ def _convert(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
             raise _wrong(path, merged, _describe(hint), value)
         return {key: _convert(inner, item, f"{path}.{key}", merged) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return _fill(typing.cast(type, hint), value, path, merged)
+        return fill(typing.cast(type, hint), value, path, merged)
     return _convert_scalar(hint, value, path, merged)
 
 
-def _convert_scalar(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
+def _convert_scalar(hint: Any, value: Any, path: str, merged: Merged) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is Any:
         return value
@@ -412,7 +412,7 @@ def _convert_scalar(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
     raise _wrong(path, merged, _describe(hint), value)
 
 
-def _convert_union(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
+def _convert_union(hint: Any, value: Any, path: str, merged: Merged) -> Any:
     options = typing.get_args(hint)
     if types.NoneType in options and value == NONE:
         return None
@@ -429,7 +429,7 @@ def _convert_union(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
     raise _wrong(path, merged, _describe(hint), value)
 
 
-def _convert_literal(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
+def _convert_literal(hint: Any, value: Any, path: str, merged: Merged) -> Any:
     options = typing.get_args(hint)
     if any(value == option and type(value) is type(option) for option in options):
         return value
@@ -439,7 +439,7 @@ def _convert_literal(hint: Any, value: Any, path: str, merged: _Merged) -> Any:
     raise UserError(text + guess)
 
 
-def _convert_sequence(hint: Any, origin: type, value: Any, path: str, merged: _Merged) -> Any:
+def _convert_sequence(hint: Any, origin: type, value: Any, path: str, merged: Merged) -> Any:
     args = typing.get_args(hint)
     if not isinstance(value, list | tuple):
         raise _wrong(path, merged, _describe(hint), value)
@@ -473,7 +473,7 @@ def _describe(hint: Any) -> str:
 # Plain values ---------------------------------------------------------------------------------------------
 
 
-def _plain(settings: Any) -> dict[str, Any]:
+def plain(settings: Any) -> dict[str, Any]:
     """A settings dataclass as TOML-able values."""
     values = {f.name: (getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)}
     return {
@@ -485,7 +485,7 @@ def _plain(settings: Any) -> dict[str, Any]:
 
 def _plain_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(value)
+        return plain(value)
     if isinstance(value, Mapping):
         return {key: _plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -89,6 +89,8 @@ def _averaged(points: Series) -> Series:
 
 def curves(series: Mapping[str, Series], ylabel: str) -> bytes:
     """Training curves by split: (step, value) pairs; averaged over windows where there are very many."""
+    from matplotlib.ticker import MaxNLocator
+
     colours = {"train": BLUE, "valid": ORANGE}
 
     def draw(axes: Axes) -> None:
@@ -99,6 +101,7 @@ def curves(series: Mapping[str, Series], ylabel: str) -> bytes:
                 steps, values, label=name, color=colours.get(name, GREEN), marker=marker, markersize=3.5
             )
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no half step
         axes.set_ylabel(ylabel)
         if _spans_decades([value for points in series.values() for _, value in points]):
             axes.set_yscale("log")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cdm_core.checkpoints import disk, write_synced
-from cdm_core.config import _fill, _Merged, _overrides, _plain
+from cdm_core.config import Merged, fill, parse_overrides, plain
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_core.settings import Selection
@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> Any:
 def overridden(guess: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A reader's guess, tables of plain values by name, with the texts `a.b=c` of `--set` laid over it."""
     merged = {table: dict(values) for table, values in guess.items()}
-    for table, values in _overrides(overrides).items():
+    for table, values in parse_overrides(overrides).items():
         if table not in merged or not isinstance(values, Mapping):
             raise UserError(f"--set {table}: a checkpoint has settings of {' and '.join(merged)} only")
         merged[table].update(values)
@@ -84,7 +84,7 @@ def overridden(guess: Mapping[str, Mapping[str, Any]], overrides: Sequence[str])
 
 def filled(cls: type[T], values: Mapping[str, Any], table: str, where: str) -> T:
     """An instance of the dataclass `cls`, its values checked; errors name `table` and the place `where`."""
-    made: T = _fill(cls, values, table, _Merged(origin={f"{table}.{key}": where for key in values}))
+    made: T = fill(cls, values, table, Merged(origin={f"{table}.{key}": where for key in values}))
     return made
 
 
@@ -103,7 +103,7 @@ class Converted:
 def save_converted(foreign: Foreign, dst: Path) -> None:
     """Write `dst`, aside first and then renamed: a whole file or none. UserError where it cannot be."""
     config = foreign.model.config
-    settings = {} if config is None else _plain(config)
+    settings = {} if config is None else plain(config)
     about = {
         "model": {"name": foreign.model.name, **settings},
         "data": foreign.info.to_dict(),

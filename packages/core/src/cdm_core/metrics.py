@@ -45,7 +45,13 @@ def bound(config: Any, run: Run, *, split: str, seed: int) -> dict[str, float]:
     x0, _ = run.examples(split, first(run, split, BOUNDED), seed=seed)
     sigmas, start = run.chain()
     draws = Draws(fold(seed, "bound"), len(x0), device=run.device)
-    nats = elbo(run.model.denoise, x0.to(run.device), sigmas, start, draws, pairs=PAIRS).cpu()
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        size = run.settings.batch_size
+        parts = zip(x.split(size), sigma.split(size), strict=True)
+        return torch.cat([run.model.denoise(*part) for part in parts])
+
+    nats = elbo(denoise, x0.to(run.device), sigmas, start, draws, pairs=PAIRS).cpu()
     scores = Likelihood(split, 1, seed, "none", run.info.dim, nats, run.info.bits_per_dim(nats)).summary()
     return scores | {key: -scores[key] for key in ("nats", "nats_per_dim")}
 
