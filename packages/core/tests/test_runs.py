@@ -19,6 +19,7 @@ from cdm_core.data.configs import GaussianMixtureConfig
 from cdm_core.data.mixture import load
 from cdm_core.manager import Registry
 from cdm_core.mixtures import GaussianMixture
+from cdm_core.random import fold
 from cdm_core.records import Model, Objective, Recipe
 from cdm_core.runs import ImageDraws, Run
 from cdm_core.settings import SampleConfig
@@ -183,6 +184,18 @@ def test_classify_by_bayes_rule() -> None:
     logits = run.classify(x0).log_softmax(1)
     assert torch.allclose(logits, run.data.mixture.class_logits(x0, 0.0), atol=1e-4)  # type: ignore[union-attr]
     assert (logits.argmax(1) == y).float().mean() > 0.95
+
+
+def test_classify_at_a_noise_level_is_exact_there() -> None:
+    run = make_run(num_classes=4)
+    x0, _ = run.examples("test")
+    noise = ImageDraws(fold(3, "classify"), range(len(x0))).normal(*x0.shape[1:])
+    truth = run.data.mixture.class_logits(x0 + 0.7 * noise, 0.7)  # type: ignore[union-attr]
+    for batch_size in (7, 1000):
+        logits = run.classify(x0, sigma=0.7, seed=3, batch_size=batch_size)
+        assert torch.allclose(logits.log_softmax(1), truth, atol=1e-4)
+    with pytest.raises(UserError, match="sigma -1"):
+        run.classify(x0, sigma=-1.0)
 
 
 def test_likelihood_summary_and_conditioning() -> None:

@@ -314,16 +314,25 @@ class Run:
 
         return self._batched(score, x0, y, batch_size)
 
-    def classify(self, x0: Tensor, *, batch_size: int | None = None) -> Tensor:
+    def classify(
+        self, x0: Tensor, *, sigma: float = 0.0, seed: int = 0, batch_size: int | None = None
+    ) -> Tensor:
         """Class logits (N, num_classes) float32 on the CPU of clean images x0 (N, C, H, W) in model units.
 
         By the model's own `class_logits`, else by Bayes' rule from its class-conditional log-density.
+        sigma: std in data units of noise added first, keyed by (seed, image): a model may know its densities
+        better at a noisy level.
         """
+        if not 0 <= sigma < math.inf:
+            raise UserError(f"sigma {sigma:g} is out of range: a finite noise std of at least 0 is wanted")
         classifier = self.classifier
 
         def score(x: Tensor, y: Tensor | None) -> Tensor:
-            return classifier.class_logits(x, x.new_zeros(len(x)))
+            return classifier.class_logits(x, x.new_full((len(x),), sigma))
 
+        if sigma > 0:
+            noise = ImageDraws(fold(seed, "classify"), range(len(x0))).normal(*x0.shape[1:])
+            x0 = x0 + sigma * noise
         return self._batched(score, x0, None, batch_size)
 
     @cached_property

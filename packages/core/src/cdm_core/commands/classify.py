@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     "--input", "folder", type=click.Path(path_type=Path), help="Folder of images, instead of a split."
 )
 @split_option
+@click.option(
+    "--sigma",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Std of noise to add first, in data units.",
+)
 @seed_option()
 @click.option("--out", type=click.Path(path_type=Path), help="File for every prediction, .csv or .json.")
 @data_option
@@ -44,6 +51,7 @@ def classify(
     path: Path,
     folder: Path | None,
     split: str,
+    sigma: float,
     seed: int,
     out: Path | None,
     data: str | None,
@@ -60,13 +68,13 @@ def classify(
     else:
         x0, labels = run.examples(split, seed=seed)
         names = [f"{split}/{index}" for index in range(len(x0))]
-    probabilities = run.classify(x0).double().softmax(1)
+    probabilities = run.classify(x0, sigma=sigma, seed=seed).double().softmax(1)
     rows = _rows(run, names, probabilities, labels)
     summary = _summary(probabilities, labels)
     if out is not None:
         write_rows(out, list(rows[0]), [list(row.values()) for row in rows])
     if as_json:
-        show_json({"run": str(path), **summary, "images": rows})
+        show_json({"run": str(path), "sigma": sigma, **summary, "images": rows})
     else:
         click.echo(_as_text(rows, summary, out))
 
