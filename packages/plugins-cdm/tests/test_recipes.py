@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -21,8 +23,17 @@ def resolved(name: str) -> RunConfig:
 
 
 def test_the_recipes_that_scripts_rely_on_are_there() -> None:
-    promised = {"default", "digits-cond", "mixture-2d", "cifar10", "cifar10-cond", "cifar10-uniform"}
+    promised = {
+        "default",
+        "digits",
+        "digits-cond",
+        "mixture-2d",
+        "cifar10",
+        "cifar10-cond",
+        "cifar10-uniform",
+    }
     assert set(NAMES) == promised | {"cifar10-ot", "celeba64"}
+    assert dataclasses.replace(resolved("default"), recipe="cdm/digits") == resolved("digits")
 
 
 @pytest.mark.parametrize("name", NAMES)

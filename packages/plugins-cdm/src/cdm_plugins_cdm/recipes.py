@@ -81,11 +81,12 @@ _CIFAR10: dict[str, Any] = {
 }
 
 RECIPES = [
-    Recipe("default", "8x8 digits on a laptop: minutes on 2 cores", _DIGITS),
+    Recipe("digits", "8x8 digits on a laptop: minutes on 2 cores", _DIGITS),
+    Recipe("default", "What `train` runs unless told otherwise: digits", {"base": "digits"}),
     Recipe(
         "digits-cond",
         "The same with classes: guidance, and classification by Bayes' rule",
-        {"base": "default", "model": {"conditional": True}},
+        {"base": "digits", "model": {"conditional": True}},
     ),
     Recipe("mixture-2d", "A ring of Gaussians in the plane, whose truth is known", _MIXTURE),
     Recipe("cifar10", "CIFAR-10, DDPM path", _CIFAR10),
