@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from cdm_core.commands.common import Session
 from cdm_core.commands.train import train as command
 from cdm_core.components import build
 from cdm_core.config import from_toml, resolve
+from cdm_core.data import Split
 from cdm_core.ema import EMA
 from cdm_core.manager import Registry
 from cdm_core.random import Draws, fold
 from cdm_core.settings import LRFactor, RunConfig
-from cdm_core.training import bounds, order, train
+from cdm_core.training import bounds, order, read, train
 
 PLUGINS = Path(__file__).parent / "plugins"
 LEFT_OUT = ("split", "seconds", "images_per_second")  # the same in every line, or never the same
@@ -398,3 +400,20 @@ def test_progress_lines_where_there_is_no_terminal(
     ]  # fmt: skip
     assert "loss" in lines[0]
     assert "images_per_second" in lines[0]
+
+
+class Unreadable(Split):
+    """A split whose images are all damaged."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, None]:
+        raise UserError(f"cannot read image {indices[0]}: it is damaged")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_in_a_reading_process_too(workers: int) -> None:
+    with pytest.raises(UserError) as caught:
+        next(read(Unreadable(), [[2, 3]], workers, pin=False))
+    assert str(caught.value) == "cannot read image 2: it is damaged"

@@ -214,12 +214,16 @@ def _permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return torch.randperm(size, generator=generator).numpy()
 
 
-def read(split: Split, batches: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches `(pixels, labels or None)` of the given images."""
+def read(split: Split, batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[Any]:
+    """Batches `(pixels, labels or None)` of the given images; `UserError` where one cannot be read."""
     loader: DataLoader[Any] = DataLoader(
         split, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin
     )
-    return loader
+    try:
+        yield from loader
+    except UserError as error:
+        # A worker's error comes with its whole traceback as text; what it said is behind the last name.
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -321,7 +325,7 @@ class Trainer:
     def _steps(self, start: int) -> range:
         return range(start, self.settings.steps)
 
-    def _batches(self, start: int) -> DataLoader[Any]:
+    def _batches(self, start: int) -> Iterator[Any]:
         """This process's rows of every batch."""
         settings, split = self.settings, self.data.split("train")
         if len(split) == 0:
