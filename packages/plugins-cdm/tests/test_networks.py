@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -49,6 +50,25 @@ def test_official_parameter_counts(changes: Any, size: int, classes: int | None,
     with torch.device("meta"):
         model = UNet(UNetConfig(**changes), DataInfo("official", (3, size, size), classes))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_the_fixed_table_follows_the_weights() -> None:
+    """After an optimiser step, new weights, another dtype, a copy: never a table of weights that were."""
+    model = unet()
+    model.denoise(images(), torch.full((2,), 0.5))
+    before = model.fixed_table()[0]
+    assert model.fixed_table()[0] is before
+    optimizer = torch.optim.SGD([model.linear_layer.weight], lr=1.0)
+    model.linear_layer.weight.grad = torch.ones_like(model.linear_layer.weight)
+    optimizer.step()
+    assert not torch.equal(model.fixed_table()[0], before)
+    torch.testing.assert_close(model.fixed_table(), model.table())
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    torch.testing.assert_close(model.fixed_table(), model.table())
+    other = copy.deepcopy(model)
+    torch.nn.init.ones_(other.linear_layer.weight)
+    for changed in (other, model.double()):
+        torch.testing.assert_close(changed.fixed_table(), changed.table())
 
 
 def test_features_are_the_pooled_last_convolution() -> None:

@@ -77,6 +77,7 @@ class NoiseLevelClassifier(nn.Module):
         self.linear_layer = nn.Linear(width, len(path))
         nn.init.zeros_(self.linear_layer.weight)
         nn.init.zeros_(self.linear_layer.bias)
+        self._fixed_table: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     def features(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
         """h (B, D), float32 or better; the logits are linear in it."""
@@ -121,6 +122,18 @@ class NoiseLevelClassifier(nn.Module):
         """y_t = table[t] . h + offset[t]: (K, D) and (K,) float32."""
         return suffix_table(self.linear_layer.weight, self.linear_layer.bias, self.reference)
 
+    def fixed_table(self) -> tuple[Tensor, Tensor]:
+        """`table` without its graph, summed once for as long as the head's weights stay what they are.
+
+        A sampling step needs one row of it. Every in-place change of a parameter counts up its version; only
+        one made behind autograd's back (`parameter.data.add_`) would go unseen.
+        """
+        key = tuple((p.data_ptr(), p._version) for p in (self.linear_layer.weight, self.linear_layer.bias))
+        if self._fixed_table is None or self._fixed_table[0] != key:
+            with torch.no_grad():
+                self._fixed_table = key, self.table()
+        return self._fixed_table[1]
+
     def noise_level_logits(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(t | x, y) up to a constant, (B, K) float32; x in the path's own scale."""
         return cumulative_logits(self(x, y))
@@ -129,7 +142,7 @@ class NoiseLevelClassifier(nn.Module):
 
     def gradient(self, h: Tensor, x_t: Tensor, level: Tensor, create_graph: bool = False) -> Tensor:
         """grad_x y_t (B, C, H, W), h being the features of x_t: a backward pass seeded by the table."""
-        table, _ = self.table()
+        table, _ = self.table() if create_graph else self.fixed_table()
         (gradient,) = torch.autograd.grad(h, x_t, table[level].to(h.dtype), create_graph=create_graph)
         return gradient
 
@@ -169,7 +182,7 @@ class NoiseLevelClassifier(nn.Module):
             level = self.path.nearest(sigma)
         x_t = self.path.to_path(x, level)
         h = self.features(x_t, y)
-        table, offset = self.table()
+        table, offset = self.table() if torch.is_grad_enabled() else self.fixed_table()
         log_ratio = (table[level] * h).sum(1) + offset[level]
         dim = x[0].numel()
         log_normal = -0.5 * (x_t.flatten(1).square().sum(1) + dim * math.log(2 * math.pi))
