@@ -8,14 +8,13 @@ Held-out bits/dim of both: as the classifier claims them in one pass, and as its
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from machine import about
 
 import cdm_core
 from cdm_core.config import resolve
@@ -29,9 +28,8 @@ VARIANTS = {
 }
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Train a variant with its own number of steps; seconds, and both figures with their standard errors."""
-    steps, changes = VARIANTS[name]
+def measure(name: str, steps: int, changes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train the digits recipe with `changes`; seconds, and both figures with their standard errors."""
     registry = load_registry()
     changes = [*changes, f"train.steps={steps}", "train.validate_every=9999", "train.checkpoint_every=9999"]
     config = resolve(registry, plugins=("cdm",), recipe="cdm/default", overrides=changes)
@@ -56,16 +54,10 @@ def main() -> None:
     rows = []
     for name in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(name, Path(folder) / "run"))
+            rows.append(measure(name, *VARIANTS[name], Path(folder) / "run"))
         print(rows[-1], flush=True)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    options.out.write_text(json.dumps({"about": about(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,24 @@ TORCHRUN = (
 )
 
 
-def launch(processes: int, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+# The command line, its steps compiled for eager operations: right numbers without the seconds of a compiler.
+QUICKLY_COMPILED = """
+from functools import partial
+import cdm_core.training
+from cdm_core.cli import main
+from cdm_core.compiled import CompiledObjective
+cdm_core.training.CompiledObjective = partial(CompiledObjective, backend="aot_eager")
+main()
+"""
+
+
+def launch(
+    processes: int, out: Path, *overrides: str, program: tuple[str, ...] = ("-m", "cdm_core")
+) -> subprocess.CompletedProcess[str]:
     settings = [part for setting in overrides for part in ("--set", setting)]
     return subprocess.run(
         [
-            *(sys.executable, *(TORCHRUN if processes == 2 else ()), "-m", "cdm_core"),
+            *(sys.executable, *(TORCHRUN if processes == 2 else ()), *program),
             *("--plugin", "toy", "train", "--device", "cpu", "--out", str(out), *settings),
         ],
         env={**os.environ, "PYTHONPATH": str(PLUGINS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
@@ -68,3 +81,27 @@ def test_a_loss_that_is_not_finite_stops_every_process(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "step 5: the loss or its gradient is not finite" in done.stderr
     assert [checkpoint.step for checkpoint in RunFolder(tmp_path / "run").checkpoints()] == [4, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["trace", "whole"])
+def test_two_processes_compile_what_one_computes(tmp_path: Path, recipe: str) -> None:
+    """Micro-batches of one and of two images, a weight outside the loss; against one process in eager."""
+    (tmp_path / "program.py").write_text(QUICKLY_COMPILED)
+    settings = ["objective.name=split", "train.steps=6", "train.batch_size=9", "train.micro_batches=3"]
+    one = launch(1, tmp_path / "1", *settings)
+    assert one.returncode == 0, one.stderr
+    program = (str(tmp_path / "program.py"),)
+    two = launch(2, tmp_path / "2", *settings, f"train.compile={recipe}", program=program)
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("compiled in ") == 1  # one process speaks
+    curves = [
+        {(line["split"], line["step"]): line["loss"] for line in RunFolder(tmp_path / name).metrics()}
+        for name in ("1", "2")
+    ]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    weights = [RunFolder(tmp_path / name).checkpoints()[0].weights("model") for name in ("1", "2")]
+    assert weights[1]["unused"].tolist() == [1, 1, 1]
+    for name, value in weights[0].items():
+        if name != "calls":
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)

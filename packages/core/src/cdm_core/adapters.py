@@ -13,7 +13,7 @@ from cdm_core.capabilities import offered
 from cdm_core.errors import UserError
 
 
-class _Adapter:
+class Wrapper:
     """Passes every attribute that it lacks (`sigmas`, `scale`, `parameters`, ...) through to the model."""
 
     def __init__(self, model: Any) -> None:
@@ -25,7 +25,7 @@ class _Adapter:
         return getattr(self.model, name)
 
 
-class ClassifierFreeGuidance(_Adapter):
+class ClassifierFreeGuidance(Wrapper):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6): D = (1 + w) D(x, y) - w D(x).
 
     A model with an attribute `null_label: int` (the label that means "no class") gets one doubled batch, any
@@ -52,7 +52,7 @@ class ClassifierFreeGuidance(_Adapter):
         return (1 + self.weight) * conditional - self.weight * plain
 
 
-class BayesClassifier(_Adapter):
+class BayesClassifier(Wrapper):
     """Bayes' rule on a class-conditional density: log p(y | x) = log p(x | y) + log p(y) + const.
 
     One pass of the model a class. The model says how many classes it has by its attribute `num_classes: int`.

@@ -51,6 +51,13 @@ class Objective(Component):
 
     x0 (B, C, H, W) float32 in model units; y (B,) int64 or None; draws: `cdm_core.random.Draws`. Validation
     calls it under `torch.no_grad`: an objective that differentiates inside enables grad for that itself.
+
+    It can be compiled if it is split, `objective(model, x0, y, draws) == loss(model, *prepare(...))`:
+
+    - `prepare(model, x0, y, draws) -> tuple[Tensor | None, ...]`: all that is random, all checks, and the
+      leaves (`requires_grad_()`) that the loss differentiates in;
+    - `loss(model, *prepared) -> {"loss": Tensor, ...}`: tensor operations alone; no draw but the model's own
+      dropout, no number read out of a tensor, no leaf made inside.
     """
 
     kind = "objective"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cdm_core import capabilities, components, schedules
 from cdm_core.checkpoints import RunFolder
 from cdm_core.commands.common import pick_device
+from cdm_core.compiled import CompiledModel
 from cdm_core.data import Data, DataInfo, Split
 from cdm_core.errors import UserError
 from cdm_core.manager import Registry, load_registry
@@ -120,7 +121,8 @@ class Run:
     """A model with its data description and configuration; made by `load_run`.
 
     model: nn.Module in evaluation mode on `device`; info: DataInfo; data: Data, or None where a converted
-    file's were not named; config: RunConfig, or None for a converted file; path: the run folder or file.
+    file's were not named; config: RunConfig, or None for a converted file; path: the run folder or file;
+    compile: `denoise` and `log_density` are compiled at their first use (`cdm_core.compiled`).
     """
 
     def __init__(
@@ -135,9 +137,12 @@ class Run:
         path: Path | None = None,
         step: int | None = None,
         name: str = "the model",
+        compile: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        if compile:
+            self.model = CompiledModel(self.model, hint="leave --compile (or compile=True) out")
         self.info, self.data, self.config = info, data, config
         self.registry = registry if registry is not None else load_registry()
         self.path, self.step, self.name = path, step, name
@@ -473,25 +478,28 @@ def load_run(
     weights: Weights = "ema",
     data: str | None = None,
     registry: Registry | None = None,
+    compile: bool = False,
 ) -> Run:
     """The run in a folder made by `train` (its newest whole checkpoint) or in a converted `.safetensors`.
 
     device: `auto`, `cpu`, `cuda` or a torch device; weights: the moving average (`ema`) or the plain `model`;
-    data: the data set (by name, with its default settings) of a converted file. Raises UserError when there
-    is no run or checkpoint, or where the weights do not fit the model.
+    data: the data set (by name, with its default settings) of a converted file; compile: as `Run` has it.
+    Raises UserError when there is no run or checkpoint, or where the weights do not fit the model.
     """
     path = Path(path)
     registry = registry if registry is not None else load_registry()
     if weights not in ("ema", "model"):
         raise UserError(f"unknown weights {weights!r}: choose 'ema' or 'model'")
     if path.is_file():
-        return _from_file(path, pick_device(device), data, registry)
+        return _from_file(path, data, device=pick_device(device), registry=registry, compile=compile)
     if data is not None:
         raise UserError(f"{path} is a run folder, which names its own data: --data is for converted files")
-    return _from_folder(RunFolder(path), pick_device(device), weights, registry)
+    return _from_folder(
+        RunFolder(path), weights, device=pick_device(device), registry=registry, compile=compile
+    )
 
 
-def _from_folder(folder: RunFolder, device: str, weights: Weights, registry: Registry) -> Run:
+def _from_folder(folder: RunFolder, weights: Weights, *, registry: Registry, **given: Any) -> Run:
     from cdm_core.config import from_toml
 
     if not folder.config_path.is_file():
@@ -507,11 +515,11 @@ def _from_folder(folder: RunFolder, device: str, weights: Weights, registry: Reg
     model = components.build_model(config, registry, data.info)
     name = f"the model {config.model.name!r}"
     _fill(model, checkpoint.weights(weights), f"checkpoint {checkpoint.path}", name)
-    options: dict[str, Any] = {"config": config, "data": data, "step": checkpoint.step, "path": folder.path}
-    return Run(model, data.info, device=device, registry=registry, name=name, **options)
+    given |= {"config": config, "data": data, "step": checkpoint.step, "path": folder.path}
+    return Run(model, data.info, registry=registry, name=name, **given)
 
 
-def _from_file(path: Path, device: str, data_name: str | None, registry: Registry) -> Run:
+def _from_file(path: Path, data_name: str | None, *, registry: Registry, **given: Any) -> Run:
     from cdm_core.formats import load_converted
 
     model, about = load_converted(path, registry)
@@ -527,7 +535,7 @@ def _from_file(path: Path, device: str, data_name: str | None, registry: Registr
             )
     # The file says how its model was fed, dequantised or not; the data set only brings the images.
     name = f"the model {about.model.name!r}"
-    return Run(model, about.info, data=data, device=device, registry=registry, path=path, name=name)
+    return Run(model, about.info, data=data, registry=registry, path=path, name=name, **given)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 RESUMABLE = {"resumable": True}
 
+Compile = Literal["no", "auto", "trace", "whole", "cuda-graph"]
+
 
 @dataclass(frozen=True)
 class LRFactor:
@@ -40,6 +42,9 @@ class TrainConfig:
     ema_decay: float = 0.9999
     ema_start: int = 0  # plain copy of the weights until this step
     precision: Literal["no", "bf16", "fp16"] = "no"
+    # How the step is compiled (`cdm_core.compiled`). It changes rounding, and which elements dropout drops: a
+    # run may go on where its compiler is missing, only not bit for bit as it would have with it.
+    compile: Compile = field(default="no", metadata=RESUMABLE)
     log_every: int = field(default=50, metadata=RESUMABLE)
     validate_every: int = field(default=500, metadata=RESUMABLE)
     sample_every: int = field(default=0, metadata=RESUMABLE)  # 0: only at the end

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 from cdm_core import lr
 from cdm_core.capabilities import offered
 from cdm_core.checkpoints import Checkpoint, RunFolder, disk, finite, safetensors_bytes, torch_bytes
+from cdm_core.compiled import CompiledObjective, choose
 from cdm_core.components import Objective, Parts, build
 from cdm_core.config import diff, from_toml, is_resumable, to_dict, to_toml
 from cdm_core.data import Split
@@ -76,12 +77,14 @@ def train(
     with accelerator.local_main_process_first():  # one process a machine downloads the data
         for split in ("train", "valid"):
             parts.data.split(split)
+    trainer = Trainer(config, parts, folder, registry, accelerator, progress)
+    start = trainer.load(checkpoint) if checkpoint else 0
+    trainer.compile(start)  # a step that cannot be compiled leaves the folder as it was
     if accelerator.is_main_process:
         write_description(folder, config, registry, accelerator)
-        folder.rewind(checkpoint.step if checkpoint else 0)
+        folder.rewind(start)
     accelerator.wait_for_everyone()
-    trainer = Trainer(config, parts, folder, registry, accelerator, progress)
-    trainer.run(checkpoint)
+    trainer.run(start)
     accelerator.end_training()
     return folder
 
@@ -295,16 +298,16 @@ class Trainer:
         self.model = parts.model.to(self.device).train()
         self.ema = EMA(self.model, self.settings.ema_decay, self.settings.ema_start)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        module = TrainStep(self.model, self.objective)
+        self.compiled = make_compiled(config, parts.objective, self.device)
+        module = TrainStep(self.model, self.compiled or self.objective)
         self.module, self.optimizer = accelerator.prepare(module, make_optimizer(self.settings, self.weights))
         self.passes = self.rows_of(self.settings.batch_size)
         self.meter = Meter()
         self.first_bad = torch.full((1,), _NEVER, device=self.device)
         self.clock = Clock()
 
-    def run(self, checkpoint: Checkpoint | None) -> None:
-        """Train from `checkpoint` (None: from the start) to the last step."""
-        start = self.load(checkpoint) if checkpoint else 0
+    def run(self, start: int) -> None:
+        """Train from step `start` to the last one."""
         self.writer = self._tensorboard(start) if self.main else None
         if self.main:
             self.registry.hook.on_run_start(folder=self.folder)
@@ -322,17 +325,38 @@ class Trainer:
         if self.main:
             self.registry.hook.on_run_end(folder=self.folder, step=self.settings.steps)
 
+    def compile(self, start: int) -> None:
+        """Compile the step, if it is to be, on the batch of step `start`; nothing of the run changes."""
+        if self.compiled is None or start >= self.settings.steps:
+            return
+        self.progress.say(f"compiling the training step, recipe {self.compiled.recipe}")
+        began = time.perf_counter()
+        pixels, labels = self.data.split("train").__getitems__(next(self._order([start])))
+        for rows in self.passes:  # micro-batches of several sizes are several steps
+            with self.accelerator.autocast():
+                self.compiled.compile(self.model, *self.inputs(start, rows, pixels, labels))
+        seconds, error = time.perf_counter() - began, self.compiled.error
+        self.progress.say(f"compiled in {seconds:.1f} s; gradients within {error:.1g} of eager's")
+
     def _steps(self, start: int) -> range:
         return range(start, self.settings.steps)
 
     def _batches(self, start: int) -> Iterator[Any]:
         """This process's rows of every batch."""
-        settings, split = self.settings, self.data.split("train")
-        if len(split) == 0:
+        return read(
+            self.data.split("train"),
+            self._order(self._steps(start)),
+            self.settings.num_workers,
+            self.device.type == "cuda",
+        )
+
+    def _order(self, steps: Iterable[int]) -> Iterator[list[int]]:
+        """The images of this process's rows of each step's batch."""
+        count = len(self.data.split("train"))
+        if count == 0:
             raise UserError(f"the training split of {self.config.data.name!r} is empty")
         rows = slice(self.passes[0][0], self.passes[-1][1])
-        batches = order(len(split), settings.batch_size, self.config.seed, self._steps(start), rows)
-        return read(split, batches, settings.num_workers, self.device.type == "cuda")
+        return order(count, self.settings.batch_size, self.config.seed, steps, rows)
 
     def rows_of(self, total: int) -> list[tuple[int, int]]:
         """Rows [start, stop) of each micro-batch of this process, of a batch of `total` rows."""
@@ -353,9 +377,7 @@ class Trainer:
         self.optimizer.zero_grad()
         whole = torch.ones_like(self.first_bad, dtype=torch.bool)
         for rows in self.passes:
-            part = slice(rows[0] - self.passes[0][0], rows[1] - self.passes[0][0])
-            loss = self.backward(step, rows, pixels[part], None if labels is None else labels[part])
-            whole &= loss.isfinite()
+            whole &= self.backward(rows, self.inputs(step, rows, pixels, labels)).isfinite()
         whole &= self.clip()
         # Noted on the device and looked at later (`guard`): the first step that went wrong.
         self.first_bad = torch.where(whole, self.first_bad, self.first_bad.clamp(max=step))
@@ -364,17 +386,24 @@ class Trainer:
         self.meter.count += 1
         self.clock.steps += 1
 
-    def backward(self, step: int, rows: tuple[int, int], pixels: Tensor, labels: Tensor | None) -> Tensor:
+    def inputs(
+        self, step: int, rows: tuple[int, int], pixels: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Draws]:
+        """What the objective takes of one micro-batch, of this process's `pixels` and `labels`."""
+        batch, first = self.settings.batch_size, self.passes[0][0]
+        part = slice(rows[0] - first, rows[1] - first)
+        y = None if labels is None else labels[part].to(self.device, non_blocking=True)
+        moved = pixels[part].to(self.device, non_blocking=True)
+        x0 = self.data.info.to_model(moved, self.draws(batch, rows, "pixels", step), train=True)
+        return x0, y, self.draws(batch, rows, "train", step)
+
+    def backward(self, rows: tuple[int, int], inputs: tuple[Tensor, Tensor | None, Draws]) -> Tensor:
         """Add one micro-batch's gradients; returns its loss, a 0-d tensor."""
-        batch = self.settings.batch_size
-        pixels = pixels.to(self.device, non_blocking=True)
-        y = None if labels is None else labels.to(self.device, non_blocking=True)
-        x0 = self.data.info.to_model(pixels, self.draws(batch, rows, "pixels", step), train=True)
-        share = (rows[1] - rows[0]) / batch
+        share = (rows[1] - rows[0]) / self.settings.batch_size
         # Processes exchange gradients once a step, in the last micro-batch's backward pass.
         last = rows == self.passes[-1]
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            scalars = self.module(x0, y, self.draws(batch, rows, "train", step))
+            scalars = self.module(*inputs)
             # The exchange is a mean over processes; the loss of the batch is a sum of shares.
             self.accelerator.backward(scalars["loss"] * (share * self.accelerator.num_processes))
         self.meter.add(scalars, share)
@@ -568,6 +597,14 @@ class Trainer:
             x0 = run.sample(SAMPLES, seed=self.config.seed)
             save_grid(self.folder.samples_path / f"step-{done:08d}.png", x0, self.data.info)
         self.accelerator.wait_for_everyone()
+
+
+def make_compiled(config: RunConfig, objective: Objective, device: torch.device) -> CompiledObjective | None:
+    """The objective as `train.compile` wants it compiled; None where it does not."""
+    if config.train.compile == "no":
+        return None
+    recipe = choose(config.train.compile, device)
+    return CompiledObjective(objective, recipe, name=config.objective.name)
 
 
 def make_optimizer(settings: TrainConfig, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

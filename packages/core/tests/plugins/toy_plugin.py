@@ -46,7 +46,8 @@ def register_models() -> Iterable[records.Model]:
 @hookimpl
 def register_objectives() -> Iterable[records.Objective]:
     return [
-        records.Objective("score", "Denoising", "toy_plugin:score", ObjectiveConfig, requires=("denoise",))
+        records.Objective("score", "Denoising", "toy_plugin:score", ObjectiveConfig, requires=("denoise",)),
+        records.Objective("split", "Denoising, to compile", "toy_plugin:Split", requires=("denoise",)),
     ]
 
 
@@ -130,6 +131,32 @@ def mute(config: ModelConfig, info: Any) -> nn.Module:
     from torch import nn
 
     return nn.Linear(1, 1)
+
+
+class Split:
+    """`score` in two halves: what is random, and what can be compiled."""
+
+    def __init__(self, config: None) -> None:
+        pass
+
+    def __call__(self, model: Any, x0: Tensor, y: Tensor, draws: Any) -> dict[str, Tensor]:
+        return self.loss(model, *self.prepare(model, x0, y, draws))
+
+    def prepare(self, model: Any, x0: Tensor, y: Tensor, draws: Any) -> tuple[Tensor | None, ...]:
+        sigma = draws.uniform() + 0.1
+        x = x0 + sigma[:, None, None, None] * draws.normal(*x0.shape[1:])
+        return x.detach().requires_grad_(), sigma, x0, None, y.float()
+
+    def loss(
+        self, model: Any, x: Tensor, sigma: Tensor, x0: Tensor, nothing: None, y: Tensor
+    ) -> dict[str, Tensor]:
+        import torch
+
+        training = torch.is_grad_enabled()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(model(x, sigma).sum(), x, create_graph=training)
+        share = (sigma**2 / (1 + sigma**2))[:, None, None, None]
+        return {"label_mean": y.mean(), "loss": (x - share * slope - x0).square().mean()}
 
 
 def score(config: ObjectiveConfig) -> Any:

@@ -1,5 +1,8 @@
 """Operators of the denoiser path, right in first and second order."""
 
+from cdm_kernels.concatenate import concatenate
+from cdm_kernels.conv2d import conv2d
+from cdm_kernels.dispatch import use
 from cdm_kernels.group_norm_silu import group_norm_silu
 from cdm_kernels.head import cumulative_logits, log_ratio, noise_level_cross_entropy, suffix_table
 from cdm_kernels.mean_conv3x3 import mean_conv3x3
@@ -14,6 +17,8 @@ from cdm_kernels.timestep_embedding import (
 __version__ = "0.1.0"
 __all__ = [
     "adm_embedding",
+    "concatenate",
+    "conv2d",
     "cumulative_logits",
     "ddpm_embedding",
     "edm_fourier_embedding",
@@ -24,4 +29,5 @@ __all__ = [
     "noise_level_cross_entropy",
     "softmax_gradient",
     "suffix_table",
+    "use",
 ]

@@ -8,4 +8,6 @@ from torch import Tensor
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.to(torch.float32)

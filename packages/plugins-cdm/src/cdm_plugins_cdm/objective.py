@@ -40,12 +40,19 @@ def terms(
     Differentiable in the parameters where grad is enabled; the error of eps comes by differentiation in x_t,
     so its own gradient is of second order. `denoising` False: no error, nothing is differentiated.
     """
+    return _terms(model, x_t.detach().requires_grad_(denoising), level, eps, y)
+
+
+def _terms(model: NoiseLevelClassifier, x_t: Tensor, level: Tensor, eps: Tensor, y: Tensor | None) -> Terms:
+    """`terms` at a leaf x_t that requires grad where the error is wanted.
+
+    The leaf is the caller's, as a compiler cannot take one that is made inside what it compiles.
+    """
     create_graph = torch.is_grad_enabled()
     squared_error = None
     with torch.enable_grad():
-        x_t = x_t.detach().requires_grad_(denoising)
         h = model.features(x_t, y)
-        if denoising:
+        if x_t.requires_grad:
             error = model.predict_noise(h, x_t, level, create_graph) - eps
             squared_error = error.square().flatten(1).mean(1)
     o = model.head(h if create_graph else h.detach())
@@ -61,6 +68,8 @@ class CDMObjective:
     `loss` is the official one: its error is a mean over the whole batch, with the levels where the predicted
     noise is the same whatever the net (0 when clean, x_t itself at pure noise). `mse` is over the other
     levels: the sum over those, divided by how many of the batch are expected there; absent where w_mse is 0.
+
+    It is split, `loss` of what `prepare` drew, so that `loss` can be compiled (`cdm_core.compiled`).
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -68,6 +77,12 @@ class CDMObjective:
 
     def __call__(self, model: Any, x0: Tensor, y: Tensor | None, draws: Draws) -> dict[str, Tensor]:
         """x0 (B, C, H, W) float32 in model units; y (B,) int64 or None, unused by a model without classes."""
+        return self.loss(model, *self.prepare(model, x0, y, draws))
+
+    def prepare(
+        self, model: Any, x0: Tensor, y: Tensor | None, draws: Draws
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Everything random: x_t (B, C, H, W), a leaf; its levels (B,); its noise; classes (B,) or None."""
         if not isinstance(model, NoiseLevelClassifier):
             raise UserError(
                 f"the objective cdm/cdm trains noise-level classifiers, not a {type(model).__name__}"
@@ -75,8 +90,14 @@ class CDMObjective:
         level = draws.integers(len(model.path))
         eps = draws.normal(*x0.shape[1:]).to(x0.dtype)
         classes = self._labels(model, y, draws)
-        x_t = model.path.noised(x0, level, eps)
-        parts = terms(model, x_t, level, eps, classes, denoising=self.config.w_mse > 0)
+        x_t = model.path.noised(x0, level, eps).detach().requires_grad_(self.config.w_mse > 0)
+        return x_t, level, eps, classes
+
+    def loss(
+        self, model: NoiseLevelClassifier, x_t: Tensor, level: Tensor, eps: Tensor, classes: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The losses of what `prepare` returned; tensor operations only."""
+        parts = _terms(model, x_t, level, eps, classes)
         ce = parts.cross_entropy.mean()
         # A zero weight keeps the head in the graph: in distributed training every parameter needs a gradient.
         loss = self.config.w_ce * ce

@@ -113,10 +113,7 @@ def _disk() -> Iterator[Finding]:
 
 def _ours(session: Session) -> Iterator[Finding]:
     """Our distributions and every plugin."""
-    try:
-        yield Finding("cdm-kernels", "ok", metadata.version("cdm-kernels"))
-    except metadata.PackageNotFoundError:
-        yield Finding("cdm-kernels", "ok", "not installed (optional)")
+    yield _kernels()
     for plugin in session.registry.plugins:
         name = f"plugin {plugin.name}"
         detail = f"{plugin.distribution} {plugin.version}"
@@ -125,3 +122,19 @@ def _ours(session: Session) -> Iterator[Finding]:
             yield Finding(name, "fail", f"{detail}: {plugin.error}", advice)
         else:
             yield Finding(name, "ok", detail)
+
+
+def _kernels() -> Finding:
+    """The kernels package, and which of its implementations serves here."""
+    try:
+        version = metadata.version("cdm-kernels")
+        cpp = importlib.import_module("cdm_kernels.cpp")
+    except metadata.PackageNotFoundError:
+        return Finding("cdm-kernels", "ok", "not installed (optional)")
+    except ImportError as error:  # torch is missing, which has a line of its own
+        return Finding("cdm-kernels", "warn", f"cannot be imported: {error}")
+    library = cpp.library()
+    if library:
+        return Finding("cdm-kernels", "ok", f"{version}, C++ kernels for {library.level} from {library.path}")
+    advice = "install a C++ compiler, then run python -m cdm_kernels.build"
+    return Finding("cdm-kernels", "warn", f"{version} without C++ kernels, slower: {cpp.problem()}", advice)

@@ -9,6 +9,7 @@ import click
 
 from cdm_core.commands.common import Session, device_option, json_option, seed_option
 from cdm_core.commands.run_options import (
+    compile_option,
     data_option,
     number,
     open_run,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Also: is the density a density? The model's own diagnostics.")
 @data_option
 @weights_option
+@compile_option
 @device_option
 @json_option
 @click.pass_obj
@@ -58,13 +60,14 @@ def likelihood(
     check: bool,
     data: str | None,
     weights: str,
+    compiled: bool,
     device: str,
     as_json: bool,
 ) -> None:
     """Score images: nats, bits/dim, with standard errors over images."""
     if out is not None and out.suffix not in (".csv", ".json"):
         raise UserError(f"--out {out}: the name must end in .csv or .json")
-    run = open_run(session, path, device, weights, data)
+    run = open_run(session, path, device, weights, data, compiled=compiled)
     with progress("scoring", quiet=as_json) as update:
         scores = run.likelihood(split, draws=draws, seed=seed, labels=labels, limit=limit, callback=update)
     diagnostics = run.diagnostics(split, seed=seed) if check else None

@@ -51,11 +51,33 @@ def split_option(function: F) -> F:
     )(function)
 
 
-def open_run(session: Session, path: Path, device: str, weights: str = "ema", data: str | None = None) -> Run:
+def compile_option(function: F) -> F:
+    """`--compile`, passed as `compiled: bool`."""
+    return click.option(
+        "--compile", "compiled", is_flag=True, help="Compile the model first: pays for many images."
+    )(function)
+
+
+def open_run(
+    session: Session,
+    path: Path,
+    device: str,
+    weights: str = "ema",
+    data: str | None = None,
+    *,
+    compiled: bool = False,
+) -> Run:
     """`load_run` with the session's plugins."""
     from cdm_core.runs import load_run
 
-    return load_run(path, device=device, weights=weights, data=data, registry=session.registry)  # type: ignore[arg-type]
+    return load_run(
+        path,
+        device=device,
+        weights=weights,  # type: ignore[arg-type]
+        data=data,
+        registry=session.registry,
+        compile=compiled,
+    )
 
 
 @contextmanager

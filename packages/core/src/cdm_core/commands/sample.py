@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cdm_core.commands.common import Session, device_option, json_option, pick_device, seed_option
-from cdm_core.commands.run_options import open_run, progress, run_argument, show_json, weights_option
+from cdm_core.commands.run_options import (
+    compile_option,
+    open_run,
+    progress,
+    run_argument,
+    show_json,
+    weights_option,
+)
 from cdm_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--format", "formats", default="grid,npz", show_default=True, help="Of grid, npz and png.")
 @weights_option
+@compile_option
 @device_option
 @json_option
 @click.pass_obj
@@ -47,6 +55,7 @@ def sample(
     out: Path | None,
     formats: str,
     weights: str,
+    compiled: bool,
     device: str,
     as_json: bool,
     **options: Any,
@@ -64,7 +73,7 @@ def sample(
     from cdm_core.processes import Place
 
     place, kinds, labels = Place.from_environment(), _formats(formats), parse_labels(label)
-    run = open_run(session, path, place.device(pick_device(device)), weights)
+    run = open_run(session, path, place.device(pick_device(device)), weights, compiled=compiled)
     if num < 1:
         raise UserError(f"--num {num}: ask for at least 1 image")
     plan = run.plan(**options)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="One setting, over all others.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps: train.steps.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the step first: train.compile=auto.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of every draw.")
 @device_option
 @click.option(
@@ -43,6 +44,7 @@ def train(
     config_file: Path | None,
     overrides: tuple[str, ...],
     steps: int | None,
+    compiled: bool,
     seed: int | None,
     device: str,
     out: Path | None,
@@ -60,7 +62,8 @@ def train(
     from cdm_core.training import is_main_process
     from cdm_core.training import train as run
 
-    given = [f"{key}={value}" for key, value in (("train.steps", steps), ("seed", seed)) if value is not None]
+    options = {"train.steps": steps, "train.compile": "auto" if compiled else None, "seed": seed}
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = resolve(
         session.registry,
         plugins=session.plugins,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cdm_core import schedules
 from cdm_core.capabilities import METHODS, offered
+from cdm_core.compiled import CompiledObjective, SplitObjective, can_trace
 from cdm_core.data import Data, DataInfo, Split
 from cdm_core.errors import UserError
 from cdm_core.manager import load_registry
@@ -377,6 +378,37 @@ class ObjectiveConformance(_Suite):
             optimizer.step()
             losses.append(float(loss.detach()))
         assert losses[-1] < losses[0]
+
+    def test_its_halves_make_the_whole(self, objective: Any, case: Case) -> None:
+        """Where it is split (`cdm_core.compiled.SplitObjective`): calling it is `loss` of `prepare`."""
+        if not isinstance(objective, SplitObjective):
+            return
+        rows = len(case.x)
+        whole = objective(case.model, case.x, case.y, Draws(0, rows))
+        state = torch.random.get_rng_state()
+        halves = objective.loss(case.model, *objective.prepare(case.model, case.x, case.y, Draws(0, rows)))
+        assert torch.equal(torch.random.get_rng_state(), state), "the global generator was used"
+        assert whole.keys() == halves.keys()
+        for name, value in whole.items():
+            assert torch.equal(halves[name], value), f"{name} is not that of the two halves"
+
+    @pytest.mark.parametrize("recipe", ["trace", "whole"])
+    def test_its_compiled_gradients_are_its_own(self, objective: Any, case: Case, recipe: Any) -> None:
+        """Where it is split: by every recipe that this torch has, in eager operations."""
+        if not isinstance(objective, SplitObjective) or (recipe == "trace" and not can_trace()):
+            return
+        model = case.model.train()
+        compiled = CompiledObjective(objective, recipe, name="under test", backend="aot_eager")
+        gradients = []
+        for step in (objective, compiled):
+            model.zero_grad()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # the same dropout
+                step(model, case.x, case.y, Draws(1, len(case.x)))["loss"].backward()
+            gradients.append([p.grad for p in model.parameters()])
+        for own, found in zip(*gradients, strict=True):
+            assert (own is None) == (found is None)
+            assert own is None or close(found, own), "a gradient differs"
 
 
 def _a_model_for(objective: str, record: Any) -> str:
