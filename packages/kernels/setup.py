@@ -1,4 +1,4 @@
-"""The wheel's build compiles the C++ kernels into the package; without a compiler the wheel comes without them."""
+"""The wheel's build compiles the C++ kernels into the package; without a compiler there are none in it."""
 
 import os
 import runpy

@@ -23,7 +23,7 @@ from cdm_core.commands.common import Session
 from cdm_core.commands.likelihood import likelihood
 from cdm_core.commands.sample import sample
 from cdm_core.commands.train import train as train_command
-from cdm_core.compiled import CompiledModel, CompiledObjective, choose
+from cdm_core.compiled import CompiledModel, CompiledObjective, choose, same_masks
 from cdm_core.config import resolve
 from cdm_core.data import DataInfo
 from cdm_core.data.configs import GaussianMixtureConfig
@@ -150,6 +150,37 @@ def test_the_real_compiler_with_dropout(toy: Any, recipe: Any) -> None:
     expected = [gradients(toy.Split(None), model, rows) for rows in (6, 3)]
     assert error(found[0], expected[0]) < 1e-5
     assert error(found[1], expected[1]) < 1e-5
+
+
+class Strided(nn.Module):
+    """Dropout on a tensor in channels-last order: torch draws its mask in the order of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.dropout = nn.Conv2d(1, 3, 3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).contiguous(memory_format=torch.channels_last)
+        return self.dropout(h.tanh()).square().sum((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backend"), [("trace", "aot_eager"), ("whole", "aot_eager"), ("whole", "inductor")]
+)
+def test_dropout_is_compared_whatever_the_layout(recipe: Any, backend: str) -> None:
+    torch.manual_seed(0)
+    model = Strided()
+    compiled = CompiledObjective(Split(slope), recipe, name="test/loss", backend=backend)
+    compiled.compile(model, *batch())
+    assert 0 <= compiled.error < 1e-5
+    state, expected = torch.random.get_rng_state(), []
+    for objective in (compiled, Split(slope)):
+        torch.random.set_rng_state(state)
+        with same_masks():
+            expected.append(gradients(objective, model))
+    assert error(*expected) < 1e-5
+    masks = {float(compiled(model, *batch())["loss"].detach()) for _ in range(4)}
+    assert len(masks) == 4, "the masks are always the same"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

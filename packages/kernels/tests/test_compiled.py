@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cdm_kernels
-from cdm_kernels import use
+from cdm_kernels import cpp, use
 
 T = torch.tensor([4, 0, 2])
 ONE, TWO = (1, 1), (2, 2)
@@ -40,6 +42,7 @@ CASES = {
     "log_ratio": Case(lambda o: cdm_kernels.log_ratio(o, T, 4), [(3, 5)]),
     "mean_conv3x3": Case(cdm_kernels.mean_conv3x3, [(2, 3, 4, 5), (4, 3, 3, 3), (4,)]),
     "noise_level_cross_entropy": Case(lambda o: cdm_kernels.noise_level_cross_entropy(o, T), [(3, 5)]),
+    "noise_level_head": Case(lambda o: cdm_kernels.noise_level_head(o, T, 1)[:2], [(3, 5)]),
     "softmax_gradient": Case(lambda f: cdm_kernels.softmax_gradient(f, T, 1.5, 0.5), [(3, 5)]),
     "suffix_table": Case(lambda w, b: cdm_kernels.suffix_table(w, b, 4), [(5, 3), (5,)]),
 }
@@ -76,7 +79,7 @@ def step_of(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return step
 
 
-def gradient_outside(function: Any, parts: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+def gradient_outside(function: Any, parts: Sequence[Tensor], backend: Any) -> Sequence[Tensor]:
     """The loss is compiled, its gradient in the leaves is taken outside."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -84,14 +87,14 @@ def gradient_outside(function: Any, parts: Sequence[Tensor], backend: str) -> Se
     return loss.detach(), *torch.autograd.grad(loss, parts)
 
 
-def whole_step(function: Any, parts: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+def whole_step(function: Any, parts: Sequence[Tensor], backend: Any) -> Sequence[Tensor]:
     """Loss and outer gradient in one compiled function."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         return torch.compile(step_of(function), backend=backend, fullgraph=True)(*parts)
 
 
-def functional(function: Any, parts: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+def functional(function: Any, parts: Sequence[Tensor], backend: Any) -> Sequence[Tensor]:
     """`torch.func.grad` inside the compiled loss, the outer gradient outside."""
 
     def loss(*parts: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def functional(function: Any, parts: Sequence[Tensor], backend: str) -> Sequence
     return value.detach(), *torch.autograd.grad(value, parts)
 
 
-def traced(function: Any, parts: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+def traced(function: Any, parts: Sequence[Tensor], backend: Any) -> Sequence[Tensor]:
     """make_fx of the whole eager step, then compiled; without grad, lest it be differentiated once more."""
     torch._dynamo.reset()
     graph = make_fx(step_of(function))(*parts)
@@ -131,18 +134,47 @@ def test_every_public_function_is_here():
 
 
 def test_every_operator_is_reached():
-    """By the tracer, which sees what a compiler sees: the cases below test all that is registered."""
+    """By what a compiler sees of the cases below: they test all that is registered."""
+    if cpp.library() is None:
+        pytest.skip(cpp.problem())
     found = set()
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.update(
+            node.target._schema.name for node in graph.graph.nodes if hasattr(node.target, "_schema")
+        )
+        return make_boxed_func(graph.forward)
+
     for case in CASES.values():
-        graph = make_fx(step_of(case.function))(*inputs(case.shapes)).graph
-        found |= {node.target._schema.name for node in graph.nodes if hasattr(node.target, "_schema")}
+        whole_step(case.function, inputs(case.shapes), aot_autograd(fw_compiler=record))
     registered = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
-    assert {n for n in registered if n.startswith("cdm_kernels::")} <= found
+    assert {name for name in registered if name.startswith("cdm_kernels::")} <= found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_eager(name):
     assert_right(step_of(CASES[name].function)(*inputs(CASES[name].shapes)), eager(name))
+
+
+@pytest.mark.parametrize("through_operators", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_third_derivative_is_right_or_raises(name, through_operators):
+    """Of the loss that has a gradient in it; what makes operators of the functions is a tracer."""
+
+    def third(*parts: Tensor) -> Sequence[Tensor]:
+        gradients = torch.autograd.grad(loss_of(CASES[name].function)(*parts), parts, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), parts)
+
+    parts = inputs(CASES[name].shapes)
+    with use("reference"):
+        expected = third(*parts)
+    try:
+        found = make_fx(third)(*parts)(*parts) if through_operators else third(*parts)
+    except RuntimeError as error:
+        if "third derivative" not in str(error):
+            raise
+        return
+    assert_right(found, expected, 1e-8)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -168,6 +200,7 @@ def classifier(x: Tensor, kernel: Tensor, gain: Tensor, offset: Tensor, last: Te
     return cdm_kernels.noise_level_cross_entropy(o, T) + cdm_kernels.log_ratio(o, T, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [gradient_outside, traced])
 def test_classifier_under_inductor(recipe):
     shapes = [(3, 2, 4, 4), (4, 2, 3, 3), (4,), (4,), (5, 4, 3, 3), (5,)]

@@ -359,7 +359,7 @@ def _filled_up(rows: Tensor, size: int) -> Tensor:
 
 
 def _torch_compile(function: Callable[..., Any], backend: str, device: torch.device) -> Callable[..., Any]:
-    """`torch.compile` as everything here needs it: one graph for one shape, dropout by torch's own kernels."""
+    """`torch.compile` as everything here needs it: one graph for one shape, dropout by torch's kernels."""
     options: dict[str, Any] | None = None
     if backend == "inductor":
         options = {"fallback_random": True}

@@ -4,7 +4,13 @@ from cdm_kernels.concatenate import concatenate
 from cdm_kernels.conv2d import conv2d
 from cdm_kernels.dispatch import use
 from cdm_kernels.group_norm_silu import group_norm_silu
-from cdm_kernels.head import cumulative_logits, log_ratio, noise_level_cross_entropy, suffix_table
+from cdm_kernels.head import (
+    cumulative_logits,
+    log_ratio,
+    noise_level_cross_entropy,
+    noise_level_head,
+    suffix_table,
+)
 from cdm_kernels.mean_conv3x3 import mean_conv3x3
 from cdm_kernels.softmax_gradient import softmax_gradient
 from cdm_kernels.timestep_embedding import (
@@ -27,6 +33,7 @@ __all__ = [
     "log_ratio",
     "mean_conv3x3",
     "noise_level_cross_entropy",
+    "noise_level_head",
     "softmax_gradient",
     "suffix_table",
     "use",

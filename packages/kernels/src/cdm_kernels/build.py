@@ -2,9 +2,10 @@
 
     python -m cdm_kernels.build
 
-Run by the wheel's build, by hand, or on first use where no binary fits. Every source is compiled once for each
-architecture level (`LEVELS`) under its own function names, and the processor picks at run time: a binary built
-anywhere runs everywhere at full speed. Standard library alone: the wheel's build imports this file without torch.
+Run by the wheel's build, by hand, or on first use where no binary fits. Every source is compiled once for
+each architecture level (`LEVELS`) under its own function names, and the processor picks at run time: a binary
+built anywhere runs everywhere at full speed. Standard library alone: the wheel's build imports this file
+without torch.
 """
 
 from __future__ import annotations

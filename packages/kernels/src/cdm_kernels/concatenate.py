@@ -1,7 +1,8 @@
 """Concatenation along channels whose derivatives are a split and, again, a concatenation.
 
-PyTorch's gradient of a concatenation is a set of views, whose own gradients are padded with zeros to full size
-and added up: four passes over the skips of a U-Net where one will do, and views that every convolution copies.
+PyTorch's gradient of a concatenation is a set of views, whose own gradients are padded with zeros to full
+size and added up: four passes over the skips of a U-Net where one will do, and views that every convolution
+copies.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from cdm_kernels.dispatch import channels_last, dense, has_kernel
 
 
 def concatenate(*tensors: Tensor) -> Tensor:
-    """`torch.cat(tensors, 1)`: (B, C_i, *spatial) each -> (B, sum C_i, *spatial). Derivatives of every order."""
+    """`torch.cat(tensors, 1)`: (B, C_i, *spatial) each -> (B, sum C_i, *spatial).
+
+    Derivatives of every order.
+    """
     if torch.compiler.is_compiling() or not has_kernel(tensors[0]):
         return reference(*tensors)
     return _Concatenate.apply(*tensors)

@@ -1,13 +1,13 @@
 """Two-dimensional convolution whose second derivative is made of the same three primitives as its first.
 
-y = conv(x, w) is linear in both arguments, and so are its gradients dx = dgrad(dy, w) and dw = wgrad(dy, x). The
-derivatives of each are the other two:
+y = conv(x, w) is linear in both arguments, and so are its gradients dx = dgrad(dy, w) and dw = wgrad(dy, x).
+The derivatives of each are the other two:
 
     dgrad(dy, w) with cotangent v:  d dy = conv(v, w),  dw = wgrad(dy, v)
     wgrad(dy, x) with cotangent u:  d dy = conv(x, u),  dx = dgrad(dy, u)
 
-PyTorch's own double backward computes dw above as a convolution with batch and channels exchanged and a kernel as
-large as the image, 2 to 3 times slower in float32. Derivatives of any order.
+PyTorch's own double backward computes dw above as a convolution with batch and channels exchanged and a
+kernel as large as the image, 2 to 3 times slower in float32. Derivatives of any order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, autocast included; x (B, C, H, W), weight (D, C / groups, h, w), bias (D,)."""
+    """`torch.nn.functional.conv2d`, autocast included.
+
+    x (B, C, H, W), weight (D, C / groups, h, w), bias (D,) or None, of one float dtype unless autocast makes
+    them so; (B, D, H', W') in that dtype and x's layout. Derivatives of every order.
+    """
     if not has_kernel(x):
         return reference(x, weight, bias, stride, padding, dilation, groups)
     device = x.device.type
@@ -73,7 +77,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: list[
     )
 
 
-# -- in eager --------------------------------------------------------------------------------------------------
+# -- in eager ------------------------------------------------------------------------------------------------
 
 
 class _Convolution(torch.autograd.Function):
@@ -130,7 +134,7 @@ class _WeightGradient(torch.autograd.Function):
         return ddy, dx, None, None
 
 
-# -- in a compiled region ----------------------------------------------------------------------------------------
+# -- in a compiled region ------------------------------------------------------------------------------------
 
 
 def _save_conv2d(ctx: Any, inputs: Any, output: Any) -> None:

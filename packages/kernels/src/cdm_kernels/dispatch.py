@@ -1,8 +1,8 @@
 """Which implementation serves a call, and how an operator becomes one of torch's.
 
-Three ways lead to the same kernels. In eager, an `autograd.Function`: three times cheaper than the dispatcher.
-Where a compiler or tracer looks on, a custom operator: there an `autograd.Function` that is differentiated twice
-would be silently wrong. And the reference, plain PyTorch, wherever no kernel fits.
+Three ways lead to the same kernels. In eager, an `autograd.Function`: three times cheaper than the
+dispatcher. Where a compiler or tracer looks on, a custom operator: there an `autograd.Function` that is
+differentiated twice would be silently wrong. And the reference, plain PyTorch, wherever no kernel fits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cdm_kernels import cpp
 
@@ -28,12 +29,15 @@ def traced(*tensors: Tensor | None) -> bool:
     """Whether torch.compile, make_fx, a fake or another mode or subclass is looking on."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any([t is not None and type(t) not in _PLAIN for t in tensors])
+    return any(t is not None and type(t) not in _PLAIN for t in tensors)
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether there are kernels for tensors like x; transforms of `torch.func` take the reference."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether there are kernels for tensors like x.
+
+    Transforms of `torch.func` and duals of forward mode take the reference.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return _backend(x.device.type, x.dtype) is not None
 
@@ -57,7 +61,8 @@ def use(backend: str) -> Iterator[None]:
     """Take one implementation while the context is open: `reference`, `cpp` or `triton`.
 
     For comparisons and tests, not for threads. `triton` runs on CPU tensors in Triton's interpreter alone
-    (TRITON_INTERPRET=1 set before Triton is imported). Where the named kernels do not fit, the reference serves.
+    (TRITON_INTERPRET=1 set before Triton is imported). Where the named kernels do not fit, the reference
+    serves.
     """
     global _forced
     if backend not in ("reference", "cpp", "triton"):
@@ -93,7 +98,8 @@ def define(
     """Make `torch.ops.cdm_kernels.NAME`: `function` of `kernels(x, operator)` on CPU and CUDA, and its fake.
 
     schema: `NAME(Tensor x, ...) -> ...`, its first tensor deciding the device. backward(ctx, *gradients) and
-    save(ctx, inputs, output) as `torch.library.register_autograd` takes them; without them a derivative raises.
+    save(ctx, inputs, output) as `torch.library.register_autograd` takes them; without them a derivative
+    raises.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -155,8 +161,8 @@ def leaf_free(tensor: Tensor) -> Tensor:
 def wanted(ctx: Any, inputs: Iterable[int]) -> list[bool]:
     """Which inputs' gradients the running backward pass will use; of a leaf, whether it requires grad.
 
-    `autograd.grad(h, x)` wants none of the weights' gradients, and `ctx.needs_input_grad` does not know: it says
-    which inputs require grad at all. Those gradients are a third of a convolution's backward pass.
+    `autograd.grad(h, x)` wants none of the weights' gradients, and `ctx.needs_input_grad` does not know: it
+    says which inputs require grad at all. Those gradients are a third of a convolution's backward pass.
     """
     return [ctx.needs_input_grad[i] and _will_run(ctx.next_functions[i][0]) for i in inputs]
 

@@ -36,9 +36,9 @@ def group_norm_silu(
     """silu(h (1 + scale) + shift) with h = weight (x - mu) / sqrt(var + eps) + bias, mu and var over a group.
 
     x (B, C, *spatial), any float dtype, contiguous or channels last without a copy; weight, bias (C,); scale,
-    shift (B, C) or None: adaptive normalisation; activation False: no SiLU. Statistics and arithmetic in float32
-    (float64 stays) under any autocast, result in x's dtype and layout. Right in first and second order; a third
-    derivative raises.
+    shift (B, C) or None: adaptive normalisation; activation False: no SiLU. Statistics and arithmetic in
+    float32 (float64 stays) under any autocast, result in x's dtype and layout. Right in first and second
+    order; a third derivative raises.
     """
     if not has_kernel(x) or not x.numel():
         return reference(x, groups, weight, bias, eps, scale, shift, activation)
@@ -92,7 +92,7 @@ def _no_third_derivative(ctx: Any, *gradients: Tensor) -> Any:
     raise RuntimeError("group_norm_silu has no third derivative")
 
 
-# -- in eager --------------------------------------------------------------------------------------------------
+# -- in eager ------------------------------------------------------------------------------------------------
 
 
 class _Forward(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _DoubleBackward(torch.autograd.Function):
         return _no_third_derivative(ctx, *gradients)
 
 
-# -- where a compiler looks on -----------------------------------------------------------------------------------
+# -- where a compiler looks on -------------------------------------------------------------------------------
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: bool) -> Any:
@@ -178,8 +178,9 @@ def _differentiate_backward(ctx: Any, v: Tensor, alpha: Tensor, beta: Tensor) ->
 
 
 _double_backward = define(
-    "group_norm_silu_double_backward(Tensor v, Tensor? alpha, Tensor? beta, Tensor dy, Tensor x, Tensor mean, "
-    "Tensor rstd, Tensor weight, Tensor bias, int groups, bool activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    "group_norm_silu_double_backward(Tensor v, Tensor? alpha, Tensor? beta, Tensor dy, Tensor x, "
+    "Tensor mean, Tensor rstd, Tensor weight, Tensor bias, int groups, bool activation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "group_norm_silu",
     "double_backward",
     _fake_double_backward,

@@ -77,8 +77,8 @@ def log_ratio(o: Tensor, t: Tensor, reference: int) -> Tensor:
 def reference(o: Tensor, t: Tensor, reference: int) -> NoiseLevelHead:
     """`noise_level_head` in plain PyTorch.
 
-    The log-ratio is a sum of the terms between the two levels: no difference of large logits, no (B, B) matrix,
-    and one formula whether the reference is the last level or the first.
+    The log-ratio is a sum of the terms between the two levels: no difference of large logits, no (B, B)
+    matrix, and one formula whether the reference is the last level or the first.
     """
     o = at_least_float32(o)
     relative = F.pad(o[:, 1:], (1, 0)).cumsum(-1)  # F_t - F_0
@@ -109,7 +109,7 @@ def suffix_table(weight: Tensor, bias: Tensor, reference: int) -> tuple[Tensor, 
     return (table[reference] - table).to(weight.dtype), (offset[reference] - offset).to(bias.dtype)
 
 
-# -- in eager --------------------------------------------------------------------------------------------------
+# -- in eager ------------------------------------------------------------------------------------------------
 
 
 class _Forward(torch.autograd.Function):
@@ -158,7 +158,7 @@ class _DoubleBackward(torch.autograd.Function):
         return _no_third_derivative(ctx, *gradients)
 
 
-# -- where a compiler looks on -----------------------------------------------------------------------------------
+# -- where a compiler looks on -------------------------------------------------------------------------------
 
 
 def _fake_forward(o: Tensor, t: Tensor, reference: int) -> Any:
@@ -186,24 +186,27 @@ def _differentiate_forward(ctx: Any, g: Tensor, h: Tensor, *unused: Any) -> Any:
 
 
 def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    g, _, o, t, summary, ctx.reference = inputs
+    g, h, o, t, summary, ctx.reference = inputs
     ctx.save_for_backward(g, o, t, summary)
+    ctx.given = g is not None, h is not None
 
 
 def _differentiate_backward(ctx: Any, v: Tensor) -> Any:
-    return *_double_backward(v, *ctx.saved_tensors, ctx.reference), None, None, None
+    dg, dh, do = _double_backward(v, *ctx.saved_tensors, ctx.reference)
+    return dg if ctx.given[0] else None, dh if ctx.given[1] else None, do, None, None, None
 
 
 _double_backward = define(
-    "noise_level_head_double_backward(Tensor v, Tensor? g, Tensor o, Tensor t, Tensor summary, int reference) "
-    "-> (Tensor, Tensor, Tensor)",
+    "noise_level_head_double_backward(Tensor v, Tensor? g, Tensor o, Tensor t, Tensor summary, "
+    "int reference) -> (Tensor, Tensor, Tensor)",
     "head",
     "double_backward",
     _fake_double_backward,
     _no_third_derivative,
 )
 _backward = define(
-    "noise_level_head_backward(Tensor? g, Tensor? h, Tensor o, Tensor t, Tensor summary, int reference) -> Tensor",
+    "noise_level_head_backward(Tensor? g, Tensor? h, Tensor o, Tensor t, Tensor summary, int reference) "
+    "-> Tensor",
     "head",
     "backward",
     _fake_backward,

@@ -30,8 +30,8 @@ def softmax_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Value L and cotangent dL/df = tau1 * q - tau2 * softmax(tau2 * f).
 
-    The cotangent seeds a classifier's backward pass (`grad_outputs`), with no autograd through the loss. Both are
-    right in first and second order in the logits; a third derivative raises, and labels have none.
+    The cotangent seeds a classifier's backward pass (`grad_outputs`), with no autograd through the loss. Both
+    are right in first and second order in the logits; a third derivative raises, and labels have none.
 
     logits f (B, K), any float dtype; target: (B,) int64 classes or (B, K) soft labels q. Returns value (B,)
     in nats and cotangent (B, K), both float32 (float64 stays).
@@ -57,15 +57,15 @@ def reference(logits: Tensor, target: Tensor, tau1: float = 1.0, tau2: float = 1
     f = at_least_float32(logits)
     q = (target if target.ndim == 2 else F.one_hot(target, f.shape[-1])).to(f.dtype)
     tempered = tau2 * f
-    value = tau1 * (q * f).sum(-1) - torch.logsumexp(tempered, -1)
-    return value, tau1 * q - tau2 * torch.softmax(tempered, -1)
+    energy = (q * f).sum(-1) if target.ndim == 2 else f.gather(1, target[:, None])[:, 0]
+    return tau1 * energy - torch.logsumexp(tempered, -1), tau1 * q - tau2 * torch.softmax(tempered, -1)
 
 
 def _no_third_derivative(ctx: Any, *gradients: Tensor) -> Any:
     raise RuntimeError("softmax_gradient has no third derivative")
 
 
-# -- in eager --------------------------------------------------------------------------------------------------
+# -- in eager ------------------------------------------------------------------------------------------------
 
 
 class _Forward(torch.autograd.Function):
@@ -112,7 +112,7 @@ class _DoubleBackward(torch.autograd.Function):
         return _no_third_derivative(ctx, *gradients)
 
 
-# -- where a compiler looks on -----------------------------------------------------------------------------------
+# -- where a compiler looks on -------------------------------------------------------------------------------
 
 
 def _fake_forward(f: Tensor, target: Tensor, tau1: float, tau2: float) -> Any:
@@ -146,7 +146,9 @@ def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate_backward(ctx: Any, u: Tensor) -> Any:
-    return *_double_backward(u, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    a, b = ctx.saved_tensors[:2]
+    da, db, df = _double_backward(u, *ctx.saved_tensors, *ctx.settings)
+    return None if a is None else da, None if b is None else db, df, None, None, None, None
 
 
 _double_backward = define(

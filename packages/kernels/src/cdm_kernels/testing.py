@@ -23,7 +23,8 @@ def orders(function: Callable[..., Any], inputs: Sequence[Tensor], seed: int = 0
     """Values of function(*inputs), and its first and second derivatives along random cotangents.
 
     Derivatives are in those inputs that require grad: first of the floating-point values, then of those first
-    derivatives. The cotangents are the same in every precision. A derivative that is nowhere defined is zeros.
+    derivatives. The cotangents are the same in every precision. A derivative that is nowhere defined is
+    zeros.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from cdm_kernels.dispatch import define, has_kernel, kernels, traced
 from cdm_kernels.precision import at_least_float32
@@ -142,7 +141,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> Any:
 
 def _eager(t: Tensor, frequencies: Tensor, sin_first: bool, dim: int, factor: float) -> Tensor:
     # A dual number of forward mode does not say that it requires grad.
-    if not has_kernel(t) or forward_ad._current_level >= 0:
+    if not has_kernel(t):
         return reference(t, frequencies, sin_first, dim, factor)
     if torch.is_grad_enabled() and (t.requires_grad or frequencies.requires_grad):
         return _Embedding.apply(t, frequencies, sin_first, dim, factor)

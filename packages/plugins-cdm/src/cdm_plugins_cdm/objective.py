@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdm_core.errors import UserError
 from cdm_core.random import Draws
-from cdm_kernels import cumulative_logits, noise_level_cross_entropy
+from cdm_kernels import noise_level_head
 from cdm_plugins_cdm.configs import ObjectiveConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier
 
@@ -56,8 +56,8 @@ def _terms(model: NoiseLevelClassifier, x_t: Tensor, level: Tensor, eps: Tensor,
             error = model.predict_noise(h, x_t, level, create_graph) - eps
             squared_error = error.square().flatten(1).mean(1)
     o = model.head(h if create_graph else h.detach())
-    hit = (cumulative_logits(o.detach()).argmax(1) == level).float()
-    return Terms(noise_level_cross_entropy(o, level), squared_error, hit)
+    head = noise_level_head(o, level, model.reference)
+    return Terms(head.cross_entropy, squared_error, (head.estimate == level).float())
 
 
 class CDMObjective:

@@ -184,8 +184,8 @@ class UNet(NoiseLevelClassifier):
         classes = self._classes(y, x_t)
         if self.temb is not None and self.label_emb is not None:
             embedding = self.temb(self.label_emb(classes))
-        # Channels last: convolutions are faster so, and the norms read either layout. Of one channel x_t itself
-        # would be both layouts at once, and convolutions take the other one.
+        # Channels last: convolutions are faster so, and the norms read either layout. An x_t of one channel
+        # would be in both layouts at once, and a convolution keeps to the other one.
         h = self.conv_in(x_t).contiguous(memory_format=torch.channels_last)
         h = self.norm_out(self._trunk(h, embedding))
         with torch.autocast(h.device.type, enabled=False):

@@ -1,7 +1,8 @@
 """The C++ kernels, loaded by ctypes: `library()` finds, checks or builds the shared object.
 
 The binary of the wheel serves when it was built from these very sources; else one from the cache; else it is
-built there on first use. Without a compiler there is no library, `problem()` says why, and the references serve.
+built there on first use. Without a compiler there is no library, `problem()` says why, and the references
+serve.
 """
 
 from __future__ import annotations

@@ -132,6 +132,9 @@ template <class V> CDM_INLINE V block_sums(V v, int size) {
   return v;
 }
 
+// mask ? a : b. Written out, as GCC makes branches of a vector ?: that is wider than the registers.
+CDM_INLINE VF choose(IF mask, VF a, VF b) { return (VF)(((IF)a & mask) | ((IF)b & ~mask)); }
+
 // e^x to 2 units in the last place: Cephes' polynomial on |r| <= ln 2 / 2. Arguments are clamped at +-87, so logits of
 // 1e4 cost no more than others (libmvec's expf leaves its fast path beyond -87).
 CDM_INLINE VF exponential(VF x) {
@@ -139,10 +142,10 @@ CDM_INLINE VF exponential(VF x) {
   x = (VF)_mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)x);  // NaN stays NaN; scalef underflows by itself
   VF f = (VF)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 87.0f ? splat(87.0f) : x;
+  x = choose(x < -87.0f, splat(-87.0f), x);
+  x = choose(x > 87.0f, splat(87.0f), x);
   VF y = x * 1.44269504088896341f;
-  IF n = __builtin_convertvector(y + (y < 0.0f ? splat(-0.5f) : splat(0.5f)), IF);
+  IF n = __builtin_convertvector(y + choose(y < 0.0f, splat(-0.5f), splat(0.5f)), IF);
   VF f = __builtin_convertvector(n, VF);
 #endif
   VF r = (x - f * 0.693359375f) - f * -2.12194440e-4f;

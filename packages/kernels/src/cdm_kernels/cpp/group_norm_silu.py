@@ -68,7 +68,7 @@ def double_backward(
     groups: int,
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ddy and dx like x, dweight and dbias like weight; v, alpha, beta: cotangents of `backward`'s results."""
+    """ddy and dx like x, dweight and dbias like weight; v, alpha, beta: cotangents of `backward`."""
     x, channels_last = dense(x)
     weight, bias = weight.contiguous(), bias.contiguous()
     outputs = (torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias))

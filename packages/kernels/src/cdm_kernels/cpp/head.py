@@ -24,7 +24,8 @@ def _accumulator(o: Tensor) -> torch.dtype:
 
 
 def forward(o: Tensor, t: Tensor, reference: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy and log-ratio, (B,) float32 (float64 of float64); estimate, (B,) int64; summary for the others.
+    """Cross-entropy and log-ratio, (B,) float32 (float64 of float64); estimate, (B,) int64; summary for the
+    others.
 
     summary (B, 3): log sum exp(F - max F), and the first and the end of the blocks where p is not 0.
     """

@@ -47,7 +47,13 @@ def forward(f: Tensor, target: Tensor, tau1: float, tau2: float) -> tuple[Tensor
 
 
 def backward(
-    a: Tensor | None, b: Tensor | None, f: Tensor, target: Tensor, statistics: Tensor, tau1: float, tau2: float
+    a: Tensor | None,
+    b: Tensor | None,
+    f: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    tau1: float,
+    tau2: float,
 ) -> Tensor:
     """df like f; a (B,), b (B, K): cotangents of value and cotangent, None where they are zero."""
     f = f.contiguous()

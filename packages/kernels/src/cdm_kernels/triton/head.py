@@ -1,7 +1,8 @@
 """Triton kernels of `cdm_kernels.head`: o (B, K) float32, float16 or bfloat16; t (B,) int64.
 
-One program a row, the row in registers. Running sums are in float64 and relative to the largest before they are
-rounded to float32: F reaches 1e4, and p is as good as F - max F. Both sides of t are summed from their ends.
+One program a row, the row in registers. Running sums are in float64 and relative to the largest before they
+are rounded to float32: F reaches 1e4, and p is as good as F - max F. Both sides of t are summed from their
+ends.
 """
 
 # mypy: allow-untyped-defs
@@ -30,7 +31,9 @@ def _at(sums, k, index):
 
 
 @triton.jit
-def _forward(o, t, cross_entropy, log_ratio, estimate, summary, stride, levels, reference, BLOCK: tl.constexpr):
+def _forward(
+    o, t, cross_entropy, log_ratio, estimate, summary, stride, levels, reference, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     level = tl.load(t + row)
@@ -99,7 +102,7 @@ def _double_backward(v, g, o, t, summary, dg, dh, out, stride, levels, reference
 def blocks(levels: int) -> tuple[int, int]:
     """BLOCK and warps for rows of so many levels."""
     block = triton.next_power_of_2(levels)
-    return block, max(min(block // 256, 16), 1)
+    return block, max(min(block // 128, 16), 1)
 
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], o: Tensor, reference: int) -> None:

@@ -1,8 +1,8 @@
 """Triton kernels of `cdm_kernels.softmax_gradient`: logits f (B, K) float32, float16 or bfloat16.
 
 One program a row, the row in registers. Differences to the logit of the largest p are taken before they are
-scaled: of logits of 1e4 products would lose what matters; and what is centred is so from its entry there, so that
-nothing cancels where p is almost one. target as `cdm_kernels.cpp.softmax_gradient` has it.
+scaled: of logits of 1e4 products would lose what matters; and what is centred is so from its entry there, so
+that nothing cancels where p is almost one. target as `cdm_kernels.cpp.softmax_gradient` has it.
 """
 
 # mypy: allow-untyped-defs
@@ -55,7 +55,17 @@ def _centred(x, p, f, statistics, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward(
-    f, target, value, cotangent, statistics, stride, classes, tau1, tau2, SOFT: tl.constexpr, BLOCK: tl.constexpr
+    f,
+    target,
+    value,
+    cotangent,
+    statistics,
+    stride,
+    classes,
+    tau1,
+    tau2,
+    SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
@@ -66,8 +76,8 @@ def _forward(
     top = sign * tl.max(tl.where(there, sign * x, -float("inf")), 0)
     e = tl.where(there, tl.exp(tau2 * (x - top)), 0.0)
     total = tl.sum(e)
-    # In float64, as <q, f> may cancel with f*.
-    energy = tau1 * tl.sum(q.to(tl.float64) * x) - tau2 * top.to(tl.float64)
+    # In float64, as <q, f> may cancel with f*; and a class that is ruled out, f = -inf, may have no label.
+    energy = tau1 * tl.sum(tl.where(q == 0, 0.0, q.to(tl.float64) * x)) - tau2 * top.to(tl.float64)
     tl.store(value + row, energy.to(tl.float32) - tl.log(total))
     tl.store(cotangent + row * classes + k, tau1 * q - tau2 / total * e, mask=there)
     tl.store(statistics + 2 * row, top)
@@ -134,7 +144,7 @@ def _double_backward(
 def blocks(classes: int) -> tuple[int, int]:
     """BLOCK and warps for rows of so many classes."""
     block = triton.next_power_of_2(classes)
-    return block, max(min(block // 256, 16), 1)
+    return block, max(min(block // 128, 16), 1)
 
 
 def _launch(
@@ -179,7 +189,13 @@ def forward(f: Tensor, target: Tensor, tau1: float, tau2: float) -> tuple[Tensor
 
 
 def backward(
-    a: Tensor | None, b: Tensor | None, f: Tensor, target: Tensor, statistics: Tensor, tau1: float, tau2: float
+    a: Tensor | None,
+    b: Tensor | None,
+    f: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    tau1: float,
+    tau2: float,
 ) -> Tensor:
     """df like f; a (B,), b (B, K): cotangents of value and cotangent, None where they are zero."""
     f, out = _dense(f), f.new_empty(f.shape)
