@@ -191,8 +191,11 @@ def main() -> None:
             ("bandwidth", [__file__, "--part", "bandwidth"], 200.0),
             (
                 "step",
-                [str(BENCH / "training_step.py"), "--device", "cuda", "--case", "cifar10", "--compile"]
-                + checkout,
+                [
+                    str(BENCH / "training_step.py"),
+                    *["--device", "cuda", "--case", "cifar10", "--compile"],
+                    *checkout,
+                ],
                 500.0,
             ),
             ("sampling", [__file__, "--part", "sampling"], 300.0),

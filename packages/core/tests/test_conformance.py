@@ -10,6 +10,7 @@ from torch import nn
 
 from cdm_core import samplers, schedules
 from cdm_core.data import Data, DataInfo, TensorSplit
+from cdm_core.errors import UserError
 from cdm_core.manager import load_registry
 from cdm_core.mixtures import GaussianMixture
 from cdm_core.random import Draws
@@ -326,6 +327,75 @@ def test_a_broken_objective_is_caught(fault, check):
 
     with pytest.raises(AssertionError):
         objective_checks(broken)[check]()
+
+
+class Halves:
+    """A split objective, of second order where the model's own derivative is asked for."""
+
+    def __call__(self, model, x0, y, draws):
+        return self.loss(model, *self.prepare(model, x0, y, draws))
+
+    def prepare(self, model, x0, y, draws):
+        return (x0 + draws.normal(*x0.shape[1:])).requires_grad_(), torch.ones(len(x0)), y
+
+    def loss(self, model, x, sigma, y):
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(model.denoise(x, sigma, y).square().sum(), x, create_graph=True)
+        return {"loss": (slope - x).square().mean()}
+
+
+class Other(Halves):
+    """Whole and halves are two losses."""
+
+    def __call__(self, model, x0, y, draws):
+        return {"loss": 2 * super().__call__(model, x0, y, draws)["loss"]}
+
+
+class Peeking(Halves):
+    """Branches on a number."""
+
+    def loss(self, model, x, sigma, y):
+        factor = 2 if float(x.detach().mean()) > 0 else 1
+        return {"loss": factor * super().loss(model, x, sigma, y)["loss"]}
+
+
+class Smooth(nn.Module):
+    """Something to differentiate twice, without a check that reads a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1, 4))
+
+    def denoise(self, x, sigma, y=None):
+        return torch.tanh(x * self.weight) / (1 + sigma[:, None, None, None] ** 2)
+
+
+def halves_checks(objective):
+    suite = ObjectiveConformance()
+    x = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
+    case = Case(Smooth().eval(), INFO, x, torch.ones(2), None)
+    return {
+        "halves": lambda: suite.test_its_halves_make_the_whole(objective, case),
+        "trace": lambda: suite.test_its_compiled_gradients_are_its_own(objective, case, "trace"),
+        "whole": lambda: suite.test_its_compiled_gradients_are_its_own(objective, case, "whole"),
+    }
+
+
+@pytest.mark.parametrize("check", ["halves", "trace", "whole"])
+def test_a_split_objective_passes_every_check(check):
+    halves_checks(Halves())[check]()
+    halves_checks(sound_objective)[check]()  # nothing is asked of one that is not split
+
+
+def test_halves_that_are_not_the_whole_are_caught():
+    with pytest.raises(AssertionError, match="loss is not that of the two halves"):
+        halves_checks(Other())["halves"]()
+
+
+@pytest.mark.parametrize("check", ["trace", "whole"])
+def test_a_split_objective_that_cannot_be_compiled_is_caught(check):
+    with pytest.raises(UserError, match="cannot be compiled"):
+        halves_checks(Peeking())[check]()
 
 
 def sampler_checks(sampler):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from cdm_kernels import conv2d, cpp, use
+from cdm_kernels import conv2d, cpp, first_order, use
 from cdm_kernels.conv2d import reference
 from cdm_kernels.testing import assert_orders_close, orders
 
@@ -183,3 +183,15 @@ def test_transforms_of_torch_func_take_the_reference():
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(operator(reference, "3x3")(leaf, weight, bias).square().sum(), leaf)
     torch.testing.assert_close(per_image(x), expected)
+
+
+def test_in_first_order_it_is_torchs_own():
+    """Same numbers; and none of ours in the graph, whose backward pass costs more."""
+    x, weight = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    ours = conv2d(x, weight)
+    with first_order():
+        theirs = conv2d(x, weight)
+    assert ours.grad_fn.name() == "_ConvolutionBackward"
+    assert theirs.grad_fn.name() == "ConvolutionBackward0"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert conv2d(x, weight).grad_fn.name() == "_ConvolutionBackward"  # only while the context is open

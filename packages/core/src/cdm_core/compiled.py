@@ -394,21 +394,26 @@ def _captured(
     The first `fixed` inputs are read, and written, where they are; the others are copied to where the
     recording read them.
     """
+    device = inputs[0].device
     static = [t if i < fixed else t.clone() for i, t in enumerate(inputs)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):  # whatever is set up at a first call must not be recorded
-            function(*static)
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        outputs = function(*static)
+    with torch.no_grad(), torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # whatever is set up at a first call must not be recorded
+                function(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        # Threads that read data or watch over other processes may call CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = function(*static)
 
     def replay(*inputs: Tensor) -> list[Tensor]:
-        torch._foreach_copy_(static[fixed:], list(inputs[fixed:]))
-        graph.replay()
-        return [output.clone() for output in outputs]  # the next replay overwrites them
+        with torch.no_grad(), torch.cuda.device(device):
+            for place, value in zip(static[fixed:], inputs[fixed:], strict=True):
+                place.copy_(value)
+            graph.replay()
+            return [output.clone() for output in outputs]  # the next replay overwrites them
 
     return replay
 

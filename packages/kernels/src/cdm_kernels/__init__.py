@@ -2,7 +2,7 @@
 
 from cdm_kernels.concatenate import concatenate
 from cdm_kernels.conv2d import conv2d
-from cdm_kernels.dispatch import use
+from cdm_kernels.dispatch import first_order, use
 from cdm_kernels.group_norm_silu import group_norm_silu
 from cdm_kernels.head import (
     cumulative_logits,
@@ -29,6 +29,7 @@ __all__ = [
     "ddpm_embedding",
     "edm_fourier_embedding",
     "edm_positional_embedding",
+    "first_order",
     "group_norm_silu",
     "log_ratio",
     "mean_conv3x3",

@@ -20,7 +20,7 @@ def concatenate(*tensors: Tensor) -> Tensor:
 
     Derivatives of every order.
     """
-    if torch.compiler.is_compiling() or not has_kernel(tensors[0]):
+    if torch.compiler.is_compiling() or not has_kernel(tensors[0], composite=True):
         return reference(*tensors)
     return _Concatenate.apply(*tensors)
 

@@ -43,7 +43,7 @@ def conv2d(
     x (B, C, H, W), weight (D, C / groups, h, w), bias (D,) or None, of one float dtype unless autocast makes
     them so; (B, D, H', W') in that dtype and x's layout. Derivatives of every order.
     """
-    if not has_kernel(x):
+    if not has_kernel(x, composite=True):
         return reference(x, weight, bias, stride, padding, dilation, groups)
     device = x.device.type
     if torch.is_autocast_enabled(device):

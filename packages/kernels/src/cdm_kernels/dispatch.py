@@ -32,23 +32,29 @@ def traced(*tensors: Tensor | None) -> bool:
     return any(t is not None and type(t) not in _PLAIN for t in tensors)
 
 
-def has_kernel(x: Tensor) -> bool:
+def has_kernel(x: Tensor, composite: bool = False) -> bool:
     """Whether there are kernels for tensors like x.
 
-    Transforms of `torch.func` and duals of forward mode take the reference.
+    Transforms of `torch.func` and duals of forward mode take the reference. composite: the operator is made
+    of torch's own for the sake of its second derivative alone, so under `first_order` too.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if composite and in_first_order():
         return False
     return _backend(x.device.type, x.dtype) is not None
 
 
-@torch.compiler.assume_constant_result
 def _backend(device: str, dtype: torch.dtype) -> str | None:
     chosen = _forced or {"cpu": "cpp", "cuda": "triton"}.get(device)
     if chosen == "triton":
         return "triton" if dtype in _TRITON_DTYPES and _has_triton() else None
     fits = chosen == "cpp" and device == "cpu" and dtype in cpp.DTYPES and cpp.library() is not None
     return "cpp" if fits else None
+
+
+# What `torch.compiler.assume_constant_result` sets; that function imports the whole compiler for it.
+_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -74,7 +80,28 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def first_order() -> Iterator[None]:
+    """What is computed while the context is open is differentiated once at most, as in sampling.
+
+    Operators that are there for the sake of their second derivative make way for torch's own, which cost less
+    to differentiate once. Not for threads. Results stay right to all orders, only slower in the second.
+    """
+    global _first_order
+    before, _first_order = _first_order, True
+    try:
+        yield
+    finally:
+        _first_order = before
+
+
+def in_first_order() -> bool:
+    """Whether a `first_order` context is open."""
+    return _first_order
+
+
 _forced: str | None = None
+_first_order = False
 
 
 @cache
@@ -92,22 +119,21 @@ def define(
     operator: str,
     function: str,
     fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
+    backward: Callable[..., Any],
     save: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Make `torch.ops.cdm_kernels.NAME`: `function` of `kernels(x, operator)` on CPU and CUDA, and its fake.
 
     schema: `NAME(Tensor x, ...) -> ...`, its first tensor deciding the device. backward(ctx, *gradients) and
-    save(ctx, inputs, output) as `torch.library.register_autograd` takes them; without them a derivative
-    raises.
+    save(ctx, inputs, output) as `torch.library.register_autograd` takes them. Where the derivatives end,
+    backward must raise: without one torch only warns, and leaves a term out.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _late(key.lower(), operator, function), key)
     torch.library.register_fake(f"cdm_kernels::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"cdm_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
+    torch.library.register_autograd(f"cdm_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.cdm_kernels, name).default
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ from cdm_core import schedules
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_core.random import Draws
-from cdm_kernels import cumulative_logits, suffix_table
+from cdm_kernels import cumulative_logits, first_order, suffix_table
 from cdm_plugins_cdm.configs import ClassifierConfig, MLPConfig
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class NoiseLevelClassifier(nn.Module):
             raise RuntimeError("denoise differentiates: call it under torch.no_grad, not inference_mode")
         level = self.path.nearest(sigma)
         create_graph = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if create_graph else first_order():
             x_t = self.path.to_path(x if create_graph else x.detach(), level)
             x_t = x_t if create_graph else x_t.requires_grad_()
             gradient = self.gradient(self.features(x_t, y), x_t, level, create_graph)

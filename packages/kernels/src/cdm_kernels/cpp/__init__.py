@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_kernels import build
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # `Dtype` of common.h
 
 _problem = ""
@@ -54,6 +52,8 @@ def library() -> Library | None:
     if os.environ.get("CDM_KERNELS_CPP") == "0":
         _problem = "switched off by CDM_KERNELS_CPP=0"
         return None
+    from cdm_kernels import build  # here: `python -m cdm_kernels.build` must be the first to import it
+
     wanted, kept = build.source_hash(), build.cached()
     for path in (build.PACKAGED, kept):
         try:
@@ -62,6 +62,7 @@ def library() -> Library | None:
         except (OSError, AttributeError):  # of another machine, or of other sources
             continue
     try:
+        build.compiler(), build.ninja()
         print("cdm-kernels: building the C++ kernels, once (half a minute)", file=sys.stderr)
         build.build(kept)
         return Library(kept)

@@ -63,7 +63,8 @@ CDM_INLINE Half narrow(VF v) {
 #else
   Word u = (Word)v;
   Word rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  Word nan = (Word)(v != v);
+  // All ones for NaN, by arithmetic: GCC makes branches of a comparison wider than the registers.
+  Word nan = (Word)((IF)(0x7f800000u - (u & 0x7fffffffu)) >> 31);
   return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Half);
 #endif
 }
@@ -132,20 +133,27 @@ template <class V> CDM_INLINE V block_sums(V v, int size) {
   return v;
 }
 
-// mask ? a : b. Written out, as GCC makes branches of a vector ?: that is wider than the registers.
-CDM_INLINE VF choose(IF mask, VF a, VF b) { return (VF)(((IF)a & mask) | ((IF)b & ~mask)); }
-
 // e^x to 2 units in the last place: Cephes' polynomial on |r| <= ln 2 / 2. Arguments are clamped at +-87, so logits of
 // 1e4 cost no more than others (libmvec's expf leaves its fast path beyond -87).
 CDM_INLINE VF exponential(VF x) {
 #ifdef __AVX512F__
-  x = (VF)_mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)x);  // NaN stays NaN; scalef underflows by itself
+  x = (VF)_mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x);  // in this order NaN stays NaN
+  x = (VF)_mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)x);
   VF f = (VF)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = choose(x < -87.0f, splat(-87.0f), x);
-  x = choose(x > 87.0f, splat(87.0f), x);
-  VF y = x * 1.44269504088896341f;
-  IF n = __builtin_convertvector(y + choose(y < 0.0f, splat(-0.5f), splat(0.5f)), IF);
+  // Lane by lane: GCC makes branches of comparisons and selections of vectors wider than the registers.
+  float part[LANES<float>];
+  int32_t whole[LANES<float>];
+  store(part, x);
+  for (int i = 0; i < LANES<float>; ++i) {
+    float v = part[i] < -87.0f ? -87.0f : part[i];
+    part[i] = v > 87.0f ? 87.0f : v;
+    float y = part[i] * 1.44269504088896341f;
+    whole[i] = int32_t(y + (y < 0.0f ? -0.5f : 0.5f));
+  }
+  x = load(part);
+  IF n;
+  std::memcpy(&n, whole, sizeof n);
   VF f = __builtin_convertvector(n, VF);
 #endif
   VF r = (x - f * 0.693359375f) - f * -2.12194440e-4f;

@@ -46,10 +46,11 @@ struct Strip {
   int lanes, last;        // lanes of every position, and of the last one
 };
 
+// Whole groups: as many as fill vectors, where these lie along channels, and as make the work worth its bookkeeping.
 int64_t unit_width(const Shape& s, int lanes) {
   int64_t group = s.channels / s.groups, width = group;
-  if (s.channels_last)
-    while (width % lanes && width + group <= s.channels) width += group;
+  auto wider = [&] { return (s.channels_last && width % lanes) || width * s.pixels < 2048; };
+  while (wider() && width + group <= s.channels) width += group;
   return width;
 }
 
