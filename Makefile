@@ -6,10 +6,10 @@ PACKAGES := $(wildcard packages/*)
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-check clean
 
 help: ## List the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with every package, editable (does nothing when current)
 
@@ -33,8 +33,14 @@ lint: install ## Style and types
 format: install ## Rewrite to the house style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: install ## Measure the kernels side by side with their references
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
+BENCH := $(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only --benchmark-columns=median,rounds
+RATIOS := bench/results/kernels.json
+
+bench: install ## Measure every kernel beside what it replaces; keep the ratios
+	$(BENCH) --save-ratios $(RATIOS)
+
+bench-check: install ## Fail where a kernel's ratio has become worse by more than a fifth
+	$(BENCH) --check-ratios $(RATIOS)
 
 clean: ## Remove the environment and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -62,7 +62,7 @@ def side_by_side(
 
         benchmark.pedantic(timed, setup=lambda: theirs.append(_seconds(baseline, inner)), rounds=ROUNDS)
         ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-        name = request.node.nodeid.rpartition("/")[2]
+        name = request.node.name.removeprefix("test_")
         _found[name] = {
             "ratio": round(ratio, 4),
             "speed-up": round(1 / ratio, 2),

@@ -392,9 +392,8 @@ def test_recipes_that_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch, toy: An
         choose("cuda-graph", CPU)
     with pytest.raises(UserError, match="'toy/score' cannot be compiled, as it has no `prepare` and `loss`"):
         CompiledObjective(toy.score(toy.ObjectiveConfig()), "whole", name="toy/score")
-    assert (choose("auto", CPU), choose("whole", CPU)) == ("trace", "whole")
+    assert (choose("auto", CPU), choose("trace", CPU)) == ("whole", "trace")
     monkeypatch.setattr("cdm_core.compiled.can_trace", lambda: False)  # an older torch
-    assert choose("auto", CPU) == "whole"
     with pytest.raises(UserError, match=r"cannot trace torch\.autograd\.grad: use 'whole'"):
         choose("trace", CPU)
 

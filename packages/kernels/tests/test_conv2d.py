@@ -163,6 +163,11 @@ def test_operators_are_fit_for_the_compiler(name):
     torch.library.opcheck(module._conv2d, (x, weight, bias[0] if bias else None, *geometry))
     torch.library.opcheck(module._input_gradient, (dy, x, weight, *geometry))
     torch.library.opcheck(module._weight_gradient, (dy, x, weight, *geometry))
+    if x.shape[1] > 1:  # the layout that comes out is the layout that the compiler is told of
+        x, dy = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, dy))
+        torch.library.opcheck(module._conv2d, (x, weight, bias[0] if bias else None, *geometry))
+        torch.library.opcheck(module._input_gradient, (dy, x, weight, *geometry))
+        torch.library.opcheck(module._weight_gradient, (dy, x, weight, *geometry))
 
 
 def test_without_a_library_torchs_convolution_serves(monkeypatch):

@@ -83,8 +83,8 @@ def compiled(objective: CDMObjective, recipe: Any, backend: str = "aot_eager") -
         (mlp, {}, {}),
         (mlp, {"conditional": True, "path": "ot_official"}, {"w_ce": 1.0}),
         (mlp, {}, {"w_mse": 0.0, "w_ce": 1.0}),
-        (unet, {"dropout": 0.3}, {"w_ce": 1.0}),
-        (unet, {"conditional": True}, {}),
+        (unet, {"conditional": True, "dropout": 0.3}, {"w_ce": 1.0}),
+        (unet, {"decoder": False}, {}),
     ],
 )
 def test_gradients_are_those_of_eager_in_float64(recipe: str, make: Any, changes: Any, settings: Any) -> None:

@@ -15,6 +15,7 @@ from cdm_core import __version__
 from cdm_core.commands import COMMANDS
 from cdm_core.commands.common import Session
 from cdm_core.errors import UserError
+from cdm_core.memory import keep_freed_memory
 
 
 def _load(target: str) -> click.Command:
@@ -201,4 +202,5 @@ def main() -> NoReturn:
     """The console script."""
     # A user of the command line wants the sentence, not the line of source that uttered it.
     warnings.formatwarning = _format_warning
+    keep_freed_memory()
     cli.main()

@@ -59,7 +59,7 @@ class SplitObjective(Protocol):
 def choose(recipe: Compile, device: torch.device) -> Recipe:
     """The recipe behind `auto`, `trace`, `whole` or `cuda-graph` on `device`; `UserError` if it has none."""
     if recipe == "auto":
-        return "trace" if can_trace() else "whole"
+        return "whole"  # as fast as `trace` or faster wherever it was measured, and it takes any operator
     if recipe == "trace" and not can_trace():
         raise UserError(
             f"train.compile 'trace': torch {torch.__version__} cannot trace torch.autograd.grad: use 'whole'"
@@ -229,8 +229,10 @@ class _Whole:
         autocast = torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False
         )
-        with torch.enable_grad(), autocast:
-            scalars = functional_call(self.module, tensors, tuple(prepared))
+        with torch.enable_grad():
+            with autocast:
+                scalars = functional_call(self.module, tensors, tuple(prepared))
+            # Outside, as `loss.backward()` is: autocast would round what it leaves in float32.
             gradients = torch.autograd.grad(scalars["loss"] * scale, leaves, allow_unused=True)
         pairs = list(zip(self.weights.values(), gradients, strict=True))
         self.names, self.reached = list(scalars), [p for p, gradient in pairs if gradient is not None]
@@ -450,7 +452,8 @@ def _evaluate(step: Step, model: nn.Module, prepared: Sequence[Tensor | None]) -
     torch.manual_seed(_SEED)
     with _put_back(model):
         loss = step(*prepared)["loss"]
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        with torch.autocast(loss.device.type, enabled=False):  # as training differentiates: outside
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         after = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return loss.detach(), dict(zip(weights, gradients, strict=True)), after
 

@@ -12,6 +12,7 @@ own: accelerate would cut the data by shuffled loaders and step a schedule once 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -313,11 +314,15 @@ class Trainer:
             self.registry.hook.on_run_start(folder=self.folder)
         self.clock.start()
         self.progress.start(start)
+        # The collector would walk over torch's own million objects again and again.
+        gc.collect()
+        gc.freeze()
         try:
             for step, (pixels, labels) in zip(self._steps(start), self._batches(start), strict=True):
                 self.step(step, pixels, labels)
                 self.after(step + 1)
         finally:
+            gc.unfreeze()
             self.progress.close()
             if self.writer:
                 with disk(self.folder.tensorboard_path):

@@ -144,6 +144,7 @@ def define_composite(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cdm_kernels::{name}", function, lib=_LIBRARY)  # with the layouts it gives
     torch.library.register_autograd(f"cdm_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.cdm_kernels, name).default
 

@@ -201,7 +201,7 @@ class UNet(NoiseLevelClassifier):
                 h = stage.resample(h)
                 skips.append(h)
         h = self.mid(h, embedding)
-        for stage in cast(Iterable[Stage], reversed(self.up or [])):
+        for stage in cast(Iterable[Stage], list(self.up or [])[::-1]):  # the compiler knows no `reversed`
             for i in range(stage.depth):
                 h = stage.step(i, concatenate(h, skips.pop()), embedding)
             h = stage.resample(h)
