@@ -11,6 +11,7 @@ A training step is loss and gradients, without the optimizer; a sampling step is
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
@@ -182,6 +183,8 @@ def in_reference(tasks: Tasks) -> Tasks:
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every round, the variants taking turns; a first round, untimed, warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.freeze()  # as the training loop does
     for round_ in range(rounds + 1):
         for name, run in runs.items():
             _wait(device)

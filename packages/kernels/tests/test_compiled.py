@@ -45,6 +45,7 @@ CASES = {
     "noise_level_head": Case(lambda o: cdm_kernels.noise_level_head(o, T, 1)[:2], [(3, 5)]),
     "softmax_gradient": Case(lambda f: cdm_kernels.softmax_gradient(f, T, 1.5, 0.5), [(3, 5)]),
     "suffix_table": Case(lambda w, b: cdm_kernels.suffix_table(w, b, 4), [(5, 3), (5,)]),
+    "upsample_conv3x3": Case(cdm_kernels.upsample_conv3x3, [(2, 3, 3, 4), (2, 3, 3, 3), (2,)]),
 }
 
 

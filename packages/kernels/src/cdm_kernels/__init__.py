@@ -19,6 +19,7 @@ from cdm_kernels.timestep_embedding import (
     edm_fourier_embedding,
     edm_positional_embedding,
 )
+from cdm_kernels.upsample_conv3x3 import upsample_conv3x3
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "noise_level_head",
     "softmax_gradient",
     "suffix_table",
+    "upsample_conv3x3",
     "use",
 ]

@@ -54,7 +54,7 @@ def conv2d(
     if torch.compiler.is_compiling():
         return _conv2d(x, weight, bias, *geometry)
     bias = None if bias is None else leaf_free(bias)
-    return _Convolution.apply(x, leaf_free(weight), bias, geometry)
+    return _forward(x, leaf_free(weight), bias, geometry)
 
 
 def reference(
@@ -68,6 +68,27 @@ def reference(
 ) -> Tensor:
     """`conv2d` by PyTorch's own derivatives."""
     return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+# The three primitives; without grad, as in most backward passes of second order, by themselves.
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Convolution.apply(x, weight, bias, geometry)
+    return reference(x, weight, bias, *geometry)
+
+
+def _to_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if torch.is_grad_enabled():
+        return _InputGradient.apply(dy, x, weight, geometry)
+    return _gradients(dy, x, weight, geometry, [True, False, False])[0]
+
+
+def _to_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if torch.is_grad_enabled():
+        return _WeightGradient.apply(dy, x, weight, geometry)
+    return _gradients(dy, x, weight, geometry, [False, True, False])[1]
 
 
 def _gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: list[bool]) -> tuple[Tensor, ...]:
@@ -93,8 +114,8 @@ class _Convolution(torch.autograd.Function):
         mask = wanted(ctx, range(3))
         if not torch.is_grad_enabled():
             return *_gradients(dy, x, weight, ctx.geometry, mask), None
-        dx = _InputGradient.apply(dy, x, weight, ctx.geometry) if mask[0] else None
-        dweight = _WeightGradient.apply(dy, x, weight, ctx.geometry) if mask[1] else None
+        dx = _to_input(dy, x, weight, ctx.geometry) if mask[0] else None
+        dweight = _to_weight(dy, x, weight, ctx.geometry) if mask[1] else None
         return dx, dweight, dy.sum((0, 2, 3)) if mask[2] else None, None
 
 
@@ -111,8 +132,8 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> Any:
         dy, weight = ctx.saved_tensors
         mask = wanted(ctx, (0, 2))
-        ddy = _Convolution.apply(v, weight, None, ctx.geometry) if mask[0] else None
-        dweight = _WeightGradient.apply(dy, v, weight, ctx.geometry) if mask[1] else None
+        ddy = _forward(v, weight, None, ctx.geometry) if mask[0] else None
+        dweight = _to_weight(dy, v, weight, ctx.geometry) if mask[1] else None
         return ddy, None, dweight, None
 
 
@@ -129,8 +150,8 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, u: Tensor) -> Any:
         dy, x = ctx.saved_tensors
         mask = wanted(ctx, range(2))
-        ddy = _Convolution.apply(x, u, None, ctx.geometry) if mask[0] else None
-        dx = _InputGradient.apply(dy, x, u, ctx.geometry) if mask[1] else None
+        ddy = _forward(x, u, None, ctx.geometry) if mask[0] else None
+        dx = _to_input(dy, x, u, ctx.geometry) if mask[1] else None
         return ddy, dx, None, None
 
 

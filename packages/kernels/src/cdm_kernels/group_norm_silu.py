@@ -116,7 +116,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        return *_Backward.apply(dy, x, mean, rstd, weight, bias, *ctx.settings), None, None, None
+        backward = _Backward.apply if torch.is_grad_enabled() else kernels(x, "group_norm_silu").backward
+        return *backward(dy, x, mean, rstd, weight, bias, *ctx.settings), None, None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -131,7 +132,9 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None) -> Any:
         dy, x, *rest = ctx.saved_tensors
         v = torch.zeros_like(x) if v is None else v
-        ddy, dx, dweight, dbias = _DoubleBackward.apply(v, alpha, beta, dy, x, *rest, *ctx.settings)
+        kernel = kernels(x, "group_norm_silu").double_backward
+        double_backward = _DoubleBackward.apply if torch.is_grad_enabled() else kernel
+        ddy, dx, dweight, dbias = double_backward(v, alpha, beta, dy, x, *rest, *ctx.settings)
         return ddy, dx, None, None, dweight, dbias, None, None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
-from cdm_kernels import concatenate, conv2d, group_norm_silu, mean_conv3x3
+from cdm_kernels import concatenate, conv2d, group_norm_silu, mean_conv3x3, upsample_conv3x3
 from cdm_plugins_cdm.configs import UNetConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier, count_classes, make_path
 
@@ -96,9 +96,10 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W) or (B, C, H/2, W/2)."""
+        if self.up and self.conv is not None:
+            return upsample_conv3x3(x, self.conv.weight, self.conv.bias)
         if self.up:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            return x if self.conv is None else self.conv(x)
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
         # A strided convolution padded on the right and below only: DDPM's (TensorFlow's "same").
         return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
 
@@ -174,6 +175,7 @@ class UNet(NoiseLevelClassifier):
             width = channels * config.ch_mult[0]
         self.norm_out = Norm(width, config.norm_groups)
         self.conv_out = Conv2d(width, features, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # the weights too: they are reordered at every call
 
     def features(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
         """h (B, D) float32, D = 2 channels ch_mult[0].

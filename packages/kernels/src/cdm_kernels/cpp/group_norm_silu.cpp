@@ -70,15 +70,25 @@ template <class S, class F> CDM_INLINE void strips(const Shape& s, const Unit& u
   }
 }
 
-template <class T> CDM_INLINE auto at(const T* data, const Strip& strip, int64_t i) {
-  const T* p = data + strip.offset + i * strip.step;
-  int n = i + 1 < strip.count ? strip.lanes : strip.last;
-  return n == LANES<Accumulator<T>> ? load(p) : load(p, n);
+// body(i, full) for every position of a strip; full: a constant, whether all lanes are there.
+#define CDM_BODY __attribute__((always_inline))
+template <class S, class F> CDM_INLINE void sweep(const Strip& strip, F&& body) {
+  int64_t i = 0;
+  if (strip.lanes == LANES<S>)
+    for (const int64_t full = strip.count - (strip.last < LANES<S>); i < full; ++i) body(i, std::true_type{});
+  for (; i < strip.count; ++i) body(i, std::false_type{});
 }
-template <class T, class V> CDM_INLINE void put(T* data, const Strip& strip, int64_t i, V value) {
+
+template <class T, class Full> CDM_INLINE auto at(const T* data, const Strip& strip, int64_t i, Full full) {
+  const T* p = data + strip.offset + i * strip.step;
+  if constexpr (full()) return load(p);
+  else return load(p, i + 1 < strip.count ? strip.lanes : strip.last);
+}
+template <class T, class V, class Full>
+CDM_INLINE void put(T* data, const Strip& strip, int64_t i, Full full, V value) {
   T* p = data + strip.offset + i * strip.step;
-  int n = i + 1 < strip.count ? strip.lanes : strip.last;
-  if (n == LANES<Accumulator<T>>) store(p, value); else store(p, value, n);
+  if constexpr (full()) store(p, value);
+  else store(p, value, i + 1 < strip.count ? strip.lanes : strip.last);
 }
 // A per-channel coefficient of a strip, and a per-channel sum back from one.
 template <class S> CDM_INLINE auto coefficient(const Shape& s, const S* values, const Strip& strip) {
@@ -196,22 +206,22 @@ void forward(const Shape& s, const T* x, const S* weight, const S* bias, double 
     S *sums = work.row(0), *squares = work.row(1), *mu = work.row(2), *r = work.row(3);
     strips<S>(s, unit, [&](const Strip& strip) {
       V sum{};
-      for (int64_t i = 0; i < strip.count; ++i) sum += at(x, strip, i);
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY { sum += at(x, strip, i, full); });
       collect(s, sums, strip, sum);
     });
     group_means<S>(s, unit, nullptr, sums, mu);
     // The second pass corrects the first mean's rounding; lanes past the end must not count.
     strips<S>(s, unit, [&](const Strip& strip) {
       V m = coefficient(s, mu, strip), sum{}, square{};
-      for (int64_t i = 0; i + 1 < strip.count; ++i) {
-        V d = at(x, strip, i) - m;
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V d = at(x, strip, i, full) - m;
+        if constexpr (!full())
+          for (int lane = i + 1 < strip.count ? strip.lanes : strip.last; lane < LANES<S>; ++lane) d[lane] = 0;
         sum += d;
         square += d * d;
-      }
-      V d = at(x, strip, strip.count - 1) - m;
-      for (int lane = strip.last; lane < LANES<S>; ++lane) d[lane] = 0;
-      collect(s, sums, strip, sum + d);
-      collect(s, squares, strip, square + d * d);
+      });
+      collect(s, sums, strip, sum);
+      collect(s, squares, strip, square);
     });
     group_means<S>(s, unit, nullptr, sums, sums);
     group_means<S>(s, unit, nullptr, squares, squares);
@@ -226,10 +236,10 @@ void forward(const Shape& s, const T* x, const S* weight, const S* bias, double 
     strips<S>(s, unit, [&](const Strip& strip) {
       V m = coefficient(s, mu, strip), scale = coefficient(s, r, strip) * coefficient(s, sums, strip),
         shift = coefficient(s, squares, strip);
-      for (int64_t i = 0; i < strip.count; ++i) {
-        V h = (at(x, strip, i) - m) * scale + shift;
-        put(y, strip, i, SILU ? h * sigmoid(h) : h);
-      }
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V h = (at(x, strip, i, full) - m) * scale + shift;
+        put(y, strip, i, full, SILU ? h * sigmoid(h) : h);
+      });
     });
   });
 }
@@ -251,8 +261,8 @@ void backward(const Shape& s, const T* dy, const T* x, const S* mean, const S* r
     strips<S>(s, unit, [&](const Strip& strip) {
       V m = coefficient(s, mu, strip), scale = coefficient(s, r, strip), gain = coefficient(s, w, strip),
         shift = coefficient(s, b, strip), q_acc{}, qx_acc{};
-      for (int64_t i = 0; i < strip.count; ++i) {
-        V normal = (at(x, strip, i) - m) * scale, q = at(dy, strip, i);
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V normal = (at(x, strip, i, full) - m) * scale, q = at(dy, strip, i, full);
         if (SILU) {
           V h = normal * gain + shift, sig = sigmoid(h);
           q *= sig * (1 + h * (1 - sig));
@@ -260,7 +270,7 @@ void backward(const Shape& s, const T* dy, const T* x, const S* mean, const S* r
         }
         q_acc += q;
         qx_acc += q * normal;
-      }
+      });
       collect(s, q_sum, strip, q_acc);
       collect(s, qx_sum, strip, qx_acc);
     });
@@ -271,10 +281,10 @@ void backward(const Shape& s, const T* dy, const T* x, const S* mean, const S* r
     strips<S>(s, unit, [&](const Strip& strip) {
       V m = coefficient(s, mu, strip), scale = coefficient(s, r, strip), gain = scale * coefficient(s, w, strip),
         on_x = -scale * scale * coefficient(s, ax_mean, strip), constant = -scale * coefficient(s, a_mean, strip);
-      for (int64_t i = 0; i < strip.count; ++i) {
-        V q = SILU ? load(scratch + (strip.slot + i) * LANES<S>) : at(dy, strip, i);
-        put(dx, strip, i, gain * q + (on_x * (at(x, strip, i) - m) + constant));
-      }
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V q = SILU ? load(scratch + (strip.slot + i) * LANES<S>) : at(dy, strip, i, full);
+        put(dx, strip, i, full, gain * q + (on_x * (at(x, strip, i, full) - m) + constant));
+      });
     });
   });
   if (!s.per_image) sum_images(s, part_w, dweight), sum_images(s, part_b, dbias);
@@ -303,11 +313,11 @@ void double_backward(const Shape& s, const T* v, const S* alpha, const S* beta, 
     // mean v and V = mean(v x^): u = P(v) then needs no other sum.
     strips<S>(s, unit, [&](const Strip& strip) {
       V m = coefficient(s, mu, strip), scale = coefficient(s, r, strip), sum{}, along{};
-      for (int64_t i = 0; i < strip.count; ++i) {
-        V value = at(v, strip, i);
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V value = at(v, strip, i, full);
         sum += value;
-        along += value * ((at(x, strip, i) - m) * scale);
-      }
+        along += value * ((at(x, strip, i, full) - m) * scale);
+      });
       collect(s, t0, strip, sum);
       collect(s, t1, strip, along);
     });
@@ -318,9 +328,9 @@ void double_backward(const Shape& s, const T* v, const S* alpha, const S* beta, 
         shift = coefficient(s, b, strip), on_x = coefficient(s, al, strip), constant = coefficient(s, be, strip),
         centre = coefficient(s, v_mean, strip), along = coefficient(s, vx_mean, strip);
       V q_acc{}, qx_acc{}, qu_acc{}, e_acc{}, ex_acc{};
-      for (int64_t i = 0; i < strip.count; ++i) {
-        V normal = (at(x, strip, i) - m) * scale, cotangent = at(dy, strip, i);
-        V u = scale * (at(v, strip, i) - centre - normal * along);
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V normal = (at(x, strip, i, full) - m) * scale, cotangent = at(dy, strip, i, full);
+        V u = scale * (at(v, strip, i, full) - centre - normal * along);
         V inner = gain * u + on_x * normal + constant, q = cotangent, e{};
         if (SILU) {
           V h = normal * gain + shift, sig = sigmoid(h), rest = 1 - sig;
@@ -329,16 +339,16 @@ void double_backward(const Shape& s, const T* v, const S* alpha, const S* beta, 
           e = cotangent * inner * (sig * rest * (2 + h * (1 - 2 * sig)));
           store(kept_q + (strip.slot + i) * LANES<S>, q);
           store(kept_e + (strip.slot + i) * LANES<S>, e);
-          put(ddy, strip, i, inner * first);
+          put(ddy, strip, i, full, inner * first);
         } else {
-          put(ddy, strip, i, inner);
+          put(ddy, strip, i, full, inner);
         }
         q_acc += q;
         qx_acc += q * normal;
         qu_acc += q * u;
         e_acc += e;
         ex_acc += e * normal;
-      }
+      });
       collect(s, q_sum, strip, q_acc);
       collect(s, qx_sum, strip, qx_acc);
       collect(s, qu_sum, strip, qu_acc);
@@ -371,16 +381,16 @@ void double_backward(const Shape& s, const T* v, const S* alpha, const S* beta, 
     strips<S>(s, unit, [&](const Strip& strip) {
       V m = coefficient(s, mu, strip), on_e = coefficient(s, t0, strip), on_q = coefficient(s, t1, strip),
         on_v = coefficient(s, t2, strip), on_x = coefficient(s, t3, strip), constant = coefficient(s, t4, strip);
-      for (int64_t i = 0; i < strip.count; ++i) {
-        V sum = on_v * at(v, strip, i) + on_x * (at(x, strip, i) - m) + constant;
+      sweep<S>(strip, [&](int64_t i, auto full) CDM_BODY {
+        V sum = on_v * at(v, strip, i, full) + on_x * (at(x, strip, i, full) - m) + constant;
         if (SILU) {
           sum += on_q * load(kept_q + (strip.slot + i) * LANES<S>);
           sum += on_e * load(kept_e + (strip.slot + i) * LANES<S>);
         } else {
-          sum += on_q * at(dy, strip, i);
+          sum += on_q * at(dy, strip, i, full);
         }
-        put(dx, strip, i, sum);
-      }
+        put(dx, strip, i, full, sum);
+      });
     });
   });
   if (!s.per_image) sum_images(s, part_w, dweight), sum_images(s, part_b, dbias);
