@@ -273,6 +273,25 @@ def test_doctor(tmp_path):
     assert "fail  plugin import-fails: fake-import-fails 1.2.3: cannot be imported" in result.stdout
 
 
+def test_doctor_says_which_kernels_serve(monkeypatch):
+    from cdm_kernels import cpp
+
+    def line() -> str:
+        return next(line for line in run("doctor").stdout.splitlines() if "cdm-kernels" in line)
+
+    if cpp.library():
+        assert line().startswith("ok ")
+        assert f"C++ kernels for {cpp.library().level} from" in line()
+    monkeypatch.setattr(cpp, "library", lambda: None)
+    monkeypatch.setattr(cpp, "problem", lambda: "no C++ compiler")
+    assert line().startswith("warn")
+    assert line().endswith(
+        "slower: no C++ compiler; install a C++ compiler, then run python -m cdm_kernels.build"
+    )
+    monkeypatch.setattr(cpp, "problem", lambda: "switched off by CDM_KERNELS_CPP=0")
+    assert line().endswith("switched off by CDM_KERNELS_CPP=0; unset it to have them")
+
+
 def test_pick_device(monkeypatch):
     import torch
 

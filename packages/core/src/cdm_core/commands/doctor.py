@@ -136,5 +136,8 @@ def _kernels() -> Finding:
     library = cpp.library()
     if library:
         return Finding("cdm-kernels", "ok", f"{version}, C++ kernels for {library.level} from {library.path}")
+    problem = cpp.problem()
     advice = "install a C++ compiler, then run python -m cdm_kernels.build"
-    return Finding("cdm-kernels", "warn", f"{version} without C++ kernels, slower: {cpp.problem()}", advice)
+    if "CDM_KERNELS_CPP" in problem:
+        advice = "unset it to have them"
+    return Finding("cdm-kernels", "warn", f"{version} without C++ kernels, slower: {problem}", advice)
