@@ -70,6 +70,18 @@ def compare(side_by_side: Any, mine: Any, theirs: Any, size: str, trained: bool,
         assert error.abs().max() <= 1e-2 * b.abs().max()
 
 
+def official(o: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """As the official code has it: a matrix of rows by rows for its diagonal."""
+    logits = o.cumsum(1)
+    return F.cross_entropy(logits, t, reduction="none"), logits[:, -1] - torch.diag(logits[:, t])
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "full"])
+@pytest.mark.parametrize("size", ["16x1002", "128x1002"])
+def test_noise_level_head_official(side_by_side: Any, size: str, order: str) -> None:
+    compare(side_by_side, ours, official, size, True, order)
+
+
 @pytest.mark.parametrize("order", ["forward", "backward", "full"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "untrained"])
 @pytest.mark.parametrize("size", SHAPES)
