@@ -10,7 +10,6 @@ Absolute times of a shared machine mean nothing, so a stored baseline is one of 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine import about
+from machine import about, cores
 
 from cdm_core.memory import keep_freed_memory
 
@@ -39,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _every_core() -> None:
     keep_freed_memory()  # else page faults are most of what is timed, and more of the baseline's
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     torch.manual_seed(0)
 
 

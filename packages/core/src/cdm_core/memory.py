@@ -16,7 +16,7 @@ _LARGEST = 32 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep up to 1 GiB of freed blocks for reuse; False where malloc is another one.
+    """Tell glibc's malloc to keep up to 1 GiB of freed blocks for reuse; False where there is no glibc.
 
     For the whole process and for good, so only programs call it, never an import.
     """

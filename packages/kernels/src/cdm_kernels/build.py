@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def cached() -> Path:
 def compiler() -> str:
     """The C++ compiler: $CXX, c++, g++ or clang++; BuildError when there is none."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
+        if name and shutil.which(shlex.split(name)[0]):  # CXX may be "ccache g++"
             return name
     raise BuildError("no C++ compiler (looked for $CXX, c++, g++, clang++)")
 
@@ -84,14 +86,23 @@ def ninja_file(target: str) -> str:
         "rule link\n  command = $cxx -shared -fopenmp $in -o $out",
     ]
     objects = ["info.o"]
-    rules.append(f"build info.o: compile {SOURCES / 'info.cpp'}\n  extra = -DCDM_SOURCE_HASH={source_hash()}")
+    rules.append(
+        f"build info.o: compile {_escaped(SOURCES / 'info.cpp')}\n  extra = -DCDM_SOURCE_HASH={source_hash()}"
+    )
     for source in sorted(SOURCES.glob("*.cpp")):
         if source.name == "info.cpp":
             continue
         for level, march in levels().items():
             objects.append(f"{source.stem}_{level}.o")
-            rules.append(f"build {objects[-1]}: compile {source}\n  extra = {march} -DCDM_ARCH={level}")
+            rules.append(
+                f"build {objects[-1]}: compile {_escaped(source)}\n  extra = {march} -DCDM_ARCH={level}"
+            )
     return "\n".join([*rules, f"build {target}: link {' '.join(objects)}", ""])
+
+
+def _escaped(path: Path) -> str:
+    """As ninja reads a path."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def build(target: Path) -> None:

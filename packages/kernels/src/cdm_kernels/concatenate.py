@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_kernels.dispatch import channels_last, dense, has_kernel
+from cdm_kernels.dispatch import channels_last, has_kernel, is_channels_last
 
 
 def concatenate(*tensors: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Concatenate(torch.autograd.Function):
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, widths: list[int]) -> Any:
-        layout = channels_last(dy.ndim) if dense(dy)[1] else torch.contiguous_format
+        layout = channels_last(dy.ndim) if is_channels_last(dy) else torch.contiguous_format
         return tuple(part.clone(memory_format=layout) for part in dy.split(widths, 1))
 
     @staticmethod

@@ -8,6 +8,7 @@ differentiated twice would be silently wrong. And the reference, plain PyTorch, 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -48,7 +49,7 @@ def has_kernel(x: Tensor, composite: bool = False) -> bool:
 def _backend(device: str, dtype: torch.dtype) -> str | None:
     chosen = _forced or {"cpu": "cpp", "cuda": "triton"}.get(device)
     if chosen == "triton":
-        return "triton" if dtype in _TRITON_DTYPES and _has_triton() else None
+        return "triton" if dtype in _TRITON_DTYPES and triton_problem(device) == "" else None
     fits = chosen == "cpp" and device == "cpu" and dtype in cpp.DTYPES and cpp.library() is not None
     return "cpp" if fits else None
 
@@ -58,8 +59,20 @@ _backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_problem(device: str) -> str:
+    """Why Triton's kernels cannot run on `device`, in one line; empty where they can.
+
+    Tried once, by a kernel that does nothing much: Triton may be there without a compiler, or a GPU too old.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        found = import_module("cdm_kernels.triton.probe").run(device)
+    except Exception as error:  # whatever a driver or a compiler says
+        found = " ".join(str(error).split())[:300] or type(error).__name__
+    if found:
+        print(f"cdm-kernels: without Triton kernels, slower: {found}", file=sys.stderr)
+    return found
 
 
 @contextmanager
@@ -161,9 +174,14 @@ def dense(x: Tensor) -> tuple[Tensor, bool]:
     """x, or a copy of it, in one of the two layouts that kernels read; whether that is channels last."""
     if x.is_contiguous():
         return x, False
-    if x.ndim in (4, 5) and x.is_contiguous(memory_format=channels_last(x.ndim)):
-        return x, True
-    return x.contiguous(), False
+    return (x, True) if is_channels_last(x) else (x.contiguous(), False)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x lies in the channels-last layout, and not in the contiguous one as well."""
+    if x.is_contiguous() or x.ndim not in (4, 5):
+        return False
+    return x.is_contiguous(memory_format=channels_last(x.ndim))
 
 
 def like(tensor: Tensor, is_channels_last: bool) -> Tensor:

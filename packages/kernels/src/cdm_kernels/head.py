@@ -48,6 +48,8 @@ def noise_level_head(o: Tensor, t: Tensor, reference: int) -> NoiseLevelHead:
     """
     if t.dtype != torch.int64 or t.shape != o.shape[:1]:
         raise ValueError(f"t must be ({o.shape[0]},) int64, not {tuple(t.shape)} {t.dtype}")
+    if t.device != o.device:
+        raise ValueError(f"o on {o.device}, t on {t.device}: they must be on one device")
     if not 0 <= reference < o.shape[1]:
         raise IndexError(f"reference must be one of {o.shape[1]} levels, not {reference}")
     if not has_kernel(o):

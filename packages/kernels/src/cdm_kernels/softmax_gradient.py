@@ -36,6 +36,8 @@ def softmax_gradient(
     logits f (B, K), any float dtype; target: (B,) int64 classes or (B, K) soft labels q. Returns value (B,)
     in nats and cotangent (B, K), both float32 (float64 stays).
     """
+    if target.device != logits.device:
+        raise ValueError(f"logits on {logits.device}, target on {target.device}: they must be on one device")
     if target.dtype == torch.int64:
         if target.shape != logits.shape[:1]:
             raise ValueError(f"classes must be ({len(logits)},), not {tuple(target.shape)}")
@@ -45,6 +47,7 @@ def softmax_gradient(
         raise ValueError("softmax_gradient has no derivative in its soft labels: detach them")
     else:
         target = target.to(torch.promote_types(logits.dtype, torch.float32))
+    tau1, tau2 = float(tau1), float(tau2)  # an integer would be a kernel of its own
     if not has_kernel(logits):
         return reference(logits, target, tau1, tau2)
     if traced(logits, target):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_kernels.conv2d import conv2d
-from cdm_kernels.dispatch import channels_last, dense, has_kernel, traced
+from cdm_kernels.dispatch import channels_last, has_kernel, is_channels_last, traced
 from cdm_kernels.product import product
 
 _PARITIES = list(pairs((0, 1), (0, 1)))  # i, j in the order of the 2x2 convolution's blocks of channels
@@ -51,7 +51,12 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _sums(weight: Tensor) -> Tensor:
     """(9, 16): from the taps of a 3x3 kernel to those of its four 2x2 kernels, (i, j, row, column)."""
-    a = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    # A_i[a, u] = ((u > i) == a), made on the device: a copy from the host would wait for it.
+    i, row = (
+        torch.arange(2, device=weight.device)[:, None, None],
+        torch.arange(2, device=weight.device)[:, None],
+    )
+    a = ((torch.arange(3, device=weight.device) > i) == (row > 0)).to(weight.dtype)
     return torch.einsum("iau,jbv->uvijab", a, a).reshape(9, 16)
 
 
@@ -75,7 +80,7 @@ def _places(y: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     """Unwritten, in the layout of `like`."""
-    layout = channels_last(4) if dense(like)[1] else torch.contiguous_format
+    layout = channels_last(4) if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 

@@ -1,6 +1,6 @@
 // What the CPU kernels share: one vector type, loads and stores of every storage type, exp and sigmoid.
 //
-// Each source is compiled once per architecture level with CDM_ARCH naming it (v4, v3, base): its functions end in
+// Each source is compiled once per architecture level with CDM_ARCH naming it (v4bf16, v4, v3, base): its functions end in
 // that name, and Python picks the highest level that the processor has. Vectors are GCC's and clang's generic
 // ones, 64 bytes wide; the compiler splits them where registers are narrower. float32 and bfloat16 are computed in
 // float32, float64 in float64.

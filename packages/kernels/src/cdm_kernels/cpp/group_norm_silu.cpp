@@ -227,6 +227,8 @@ void forward(const Shape& s, const T* x, const S* weight, const S* bias, double 
     group_means<S>(s, unit, nullptr, squares, squares);
     for (int64_t c = 0; c < unit.width; c += LANES<S>) {
       V shift = load(sums + c), variance = load(squares + c) - shift * shift;
+      for (int lane = 0; lane < LANES<S>; ++lane)  // of equal numbers, rounding could make it less than 0
+        variance[lane] = variance[lane] < 0 ? 0 : variance[lane];
       store(mu + c, load(mu + c) + shift);
       store(r + c, reciprocal_root(variance + S(eps)));
     }

@@ -116,6 +116,7 @@ def _forward(
         square += d * d
     rest = _group_mean(tl.sum(total, 1, keep_dims=True), count, GROUPS, BLOCK_D)
     variance = _group_mean(tl.sum(square, 1, keep_dims=True), count, GROUPS, BLOCK_D) - rest * rest
+    variance = tl.maximum(variance, 0.0)  # of equal numbers, rounding could make it less
     mu += rest
     r = 1.0 / tl.sqrt(variance + eps)
     # All rows of a group hold and write the same.
