@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import cdm_kernels
 from cdm_kernels import cpp, use
+from cdm_kernels.testing import assert_orders_close, orders
 
 T = torch.tensor([4, 0, 2])
 ONE, TWO = (1, 1), (2, 2)
@@ -39,11 +40,13 @@ CASES = {
         lambda x, w, b, *s: cdm_kernels.group_norm_silu(x, 2, w, b, 1e-5, *s),
         [(2, 4, 3, 2), (4,), (4,), (2, 4), (2, 4)],
     ),
-    "log_ratio": Case(lambda o: cdm_kernels.log_ratio(o, T, 4), [(3, 5)]),
+    "log_ratio": Case(lambda o: cdm_kernels.log_ratio(o, T.to(o.device), 4), [(3, 5)]),
     "mean_conv3x3": Case(cdm_kernels.mean_conv3x3, [(2, 3, 4, 5), (4, 3, 3, 3), (4,)]),
-    "noise_level_cross_entropy": Case(lambda o: cdm_kernels.noise_level_cross_entropy(o, T), [(3, 5)]),
-    "noise_level_head": Case(lambda o: cdm_kernels.noise_level_head(o, T, 1)[:2], [(3, 5)]),
-    "softmax_gradient": Case(lambda f: cdm_kernels.softmax_gradient(f, T, 1.5, 0.5), [(3, 5)]),
+    "noise_level_cross_entropy": Case(
+        lambda o: cdm_kernels.noise_level_cross_entropy(o, T.to(o.device)), [(3, 5)]
+    ),
+    "noise_level_head": Case(lambda o: cdm_kernels.noise_level_head(o, T.to(o.device), 1)[:2], [(3, 5)]),
+    "softmax_gradient": Case(lambda f: cdm_kernels.softmax_gradient(f, T.to(f.device), 1.5, 0.5), [(3, 5)]),
     "suffix_table": Case(lambda w, b: cdm_kernels.suffix_table(w, b, 4), [(5, 3), (5,)]),
     "upsample_conv3x3": Case(cdm_kernels.upsample_conv3x3, [(2, 3, 3, 4), (2, 3, 3, 3), (2,)]),
 }
@@ -198,7 +201,9 @@ def classifier(x: Tensor, kernel: Tensor, gain: Tensor, offset: Tensor, last: Te
     h = cdm_kernels.conv2d(x, kernel, None, padding=ONE)
     h = cdm_kernels.group_norm_silu(h, 2, gain, offset, 1e-5)
     o = cdm_kernels.mean_conv3x3(h, last, bias)
-    return cdm_kernels.noise_level_cross_entropy(o, T) + cdm_kernels.log_ratio(o, T, 4)
+    return cdm_kernels.noise_level_cross_entropy(o, T.to(o.device)) + cdm_kernels.log_ratio(
+        o, T.to(o.device), 4
+    )
 
 
 @pytest.mark.slow
@@ -243,3 +248,17 @@ def test_a_bare_function_is_right_in_eager_and_when_traced_but_not_compiled():
     assert_right(traced(_Cube.apply, inputs([(3,)]), "aot_eager"), expected)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_right(gradient_outside(_Cube.apply, inputs([(3,)]), "aot_eager"), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: Triton's kernels run on one")
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_gives_the_same_in_every_order(name, monkeypatch):
+    """Values, first and second derivatives of float32 tensors on the device, against float64 on the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    exact = [part.detach().float().double().requires_grad_() for part in inputs(CASES[name].shapes)]
+    found = [part.detach().float().cuda().requires_grad_() for part in exact]
+    bent = lambda *parts: scalar(CASES[name].function, parts)  # noqa: E731
+    with use("reference"):
+        expected = orders(bent, exact)
+    actual = orders(bent, found)
+    assert_orders_close(tuple([t.cpu() for t in part] for part in actual), expected, torch.float32, factor=10)

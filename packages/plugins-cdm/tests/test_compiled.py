@@ -140,3 +140,21 @@ def test_a_compiled_model_denoises_and_scores_alike(make: Any) -> None:
             with torch.no_grad():
                 torch.testing.assert_close(call(wrapped), call(model), rtol=1e-4, atol=1e-4)
     assert len(wrapped._compiled) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CUDA graph needs one")
+@pytest.mark.parametrize("recipe", ["cuda-graph", "whole"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_step_of_the_unet_on_a_gpu(recipe: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, and images large enough for the low-resolution form of the upsampling convolution."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = unet(dropout=0.2, channels=32, norm_groups=8).cuda()
+    x0 = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(1)).cuda()
+    objective: Any = CDMObjective(ObjectiveConfig(w_ce=1.0))
+    step = CompiledObjective(objective, recipe, name="cdm/cdm")
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        step.compile(model, x0, None, Draws(2, 256, device="cuda"))
+        loss = step(model, x0, None, Draws(2, 256, device="cuda"))["loss"]
+    loss.backward()
+    assert step.error < (5e-2 if half else 1e-4)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
