@@ -13,7 +13,7 @@ help: ## List the targets
 
 install: $(STAMP) ## Make .venv with every package, editable (does nothing when current)
 
-$(STAMP): constraints.txt pyproject.toml $(PACKAGES:=/pyproject.toml)
+$(STAMP): constraints.txt pyproject.toml $(PACKAGES:=/pyproject.toml) $(wildcard packages/*/setup.py)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt pip
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --group dev $(addprefix -e ,$(PACKAGES))
