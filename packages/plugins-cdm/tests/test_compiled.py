@@ -107,6 +107,18 @@ def test_gradients_under_autocast(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_autocast_leaves_the_head_in_float32_backwards_too(recipe: str) -> None:
+    """Training differentiates the loss outside autocast; a compiled step that did not would round here."""
+    model, objective = unet(), CDMObjective(ObjectiveConfig(w_ce=1.0, w_mse=0.0))
+    found = []
+    for step in (compiled(objective, recipe), objective):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step(*batch(model))["loss"]
+        found.append(torch.autograd.grad(loss, model.linear_layer.weight)[0])
+    assert error(*(g.double().flatten() for g in found)) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_real_compiler(recipe: str) -> None:
     model, objective = mlp(conditional=True), CDMObjective(ObjectiveConfig(w_ce=1.0))
     step = compiled(objective, recipe, backend="inductor")

@@ -140,7 +140,6 @@ def _differentiate(ctx: Any, dy: Tensor) -> Any:
 
 
 def _eager(t: Tensor, frequencies: Tensor, sin_first: bool, dim: int, factor: float) -> Tensor:
-    # A dual number of forward mode does not say that it requires grad.
     if not has_kernel(t):
         return reference(t, frequencies, sin_first, dim, factor)
     if torch.is_grad_enabled() and (t.requires_grad or frequencies.requires_grad):
