@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cdm_core.adapter_configs import BayesConfig, CFGConfig
-from cdm_core.adapters import BayesClassifier, ClassifierFreeGuidance
+from cdm_core.adapters import BayesClassifier, ClassifierFreeGuidance, Clipped
 from cdm_core.capabilities import offered
 from cdm_core.errors import UserError
 from cdm_core.mixtures import GaussianMixture
-from cdm_core.samplers import ddim
+from cdm_core.samplers import Prediction, ddim
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2]).double()
 MEANS = torch.tensor([[-1.0, 0.2], [0.8, 0.5], [0.1, -0.9]])
@@ -129,6 +129,55 @@ def test_a_guided_model_offers_only_its_prediction():
     assert guided.num_classes == 3
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = guided.no_such_thing
+
+
+class Learned(WithNullLabel):
+    """It has learned a variance: its label, so that one sees whose it is."""
+
+    def predict(self, x, sigma, y=None):
+        label = torch.full((len(x),), 3) if y is None else y
+        return Prediction(
+            self.denoise(x, sigma, label), label.to(x.dtype)[:, None, None, None].expand(x.shape)
+        )
+
+
+def test_the_learned_variance_is_the_conditional_one():
+    x, sigma, y = noisy()
+    guided = ClassifierFreeGuidance(CFGConfig(weight=1.5), Learned())
+    x0, variance = guided.predict(x, sigma, y)
+    assert torch.equal(variance[:, 0, 0, 0], y.double())
+    plain, conditional = (Learned().denoise(x, sigma, label) for label in (torch.full_like(y, 3), y))
+    torch.testing.assert_close(x0, 2.5 * conditional - 1.5 * plain)
+    assert torch.equal(guided.denoise(x, sigma, y), x0)
+
+
+def test_some_channels_may_stay_conditional():
+    model = Learned()
+    x, sigma, y = noisy()
+    everywhere = ClassifierFreeGuidance(CFGConfig(weight=1.5), model).denoise(x, sigma, y)
+    model.cfg_channels = 1
+    first = ClassifierFreeGuidance(CFGConfig(weight=1.5), model).denoise(x, sigma, y)
+    assert torch.equal(first[:, :1], everywhere[:, :1])
+    assert torch.equal(first[:, 1:], model.denoise(x, sigma, y)[:, 1:])
+
+
+def test_clipped_predictions_keep_to_the_range_of_the_data():
+    x, sigma, y = noisy()
+    x = 3 * x
+    clipped, model = Clipped(Learned()), Learned()
+    x0, variance = clipped.predict(x, sigma, y)
+    assert torch.equal(x0, model.denoise(x, sigma, y).clamp(-1, 1))
+    assert not torch.equal(x0, model.denoise(x, sigma, y))
+    assert torch.equal(clipped.denoise(x, sigma, y), x0)
+    assert torch.equal(variance, model.predict(x, sigma, y).variance)
+    assert Clipped(Conditional()).predict(x, sigma, y).variance is None
+
+
+def test_no_prediction_goes_round_an_adapter():
+    """A sampler that finds `predict` takes it for the whole model's."""
+    bayes = BayesClassifier(BayesConfig(), Learned())
+    for name in ("predict", "predict_step", "begin_step"):
+        assert not hasattr(bayes, name)
 
 
 def test_an_adapter_can_be_copied():

@@ -162,6 +162,19 @@ def test_sample_by_default_goes_into_the_run(invoke: Invoke, root: Path) -> None
     assert mixture.class_logits(x0[..., None, None], 0.0).argmax(1).tolist() == [2, 0, 2, 0, 2]
 
 
+def test_sample_through_an_adapter_and_as_a_recipe_says(invoke: Invoke, root: Path, tmp_path: Path) -> None:
+    def settings(*words: object) -> Any:
+        given = ["--num", 2, "--out", tmp_path / "out", "--json", *words]
+        return json.loads(invoke("sample", root / "points", *given).stdout)
+
+    assert settings()["adapter"] is None
+    guided = settings("--adapter", "cfg", "--set", "adapter.weight=0", "--set", "sample.steps=3")
+    assert (guided["adapter"], guided["steps"]) == ({"name": "core/cfg", "weight": 0.0}, 3)
+    assert settings("--recipe", "oracle/default", "--set", "sampler=heun")["sampler"] == "core/heun"
+    out = invoke("sample", root / "points", "--set", "train.lr=1", code=2).output
+    assert out.strip().endswith("--set train: sampling has the tables sampler, sample, adapter only")
+
+
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws(invoke: Invoke, root: Path, tmp_path: Path) -> None:
     options = ["--num", "5", "--seed", "1", "--format", "npz", "--device", "cpu"]

@@ -31,6 +31,7 @@ from cdm_core.data.mixture import load
 from cdm_core.manager import Registry
 from cdm_core.random import Draws
 from cdm_core.runs import Run, load_run
+from cdm_core.samplers import Prediction
 
 PLUGINS = Path(__file__).parent / "plugins"
 INFO = DataInfo("squares", (1, 4, 4), num_classes=2)
@@ -442,6 +443,17 @@ def test_a_compiled_model_denoises_and_scores_as_the_model_does(toy: Any, backen
         ("denoise", 7), ("log_density", 7)
     ]  # fmt: skip
     assert compiled.sigma_range == model.sigma_range
+
+
+def test_a_compiled_model_has_the_learned_variance(toy: Any) -> None:
+    model = energy(toy)
+    assert compiled_model(model).predict(images(3), torch.ones(3)).variance is None
+    model.predict = lambda x, sigma, y=None: Prediction(model.denoise(x, sigma, y), torch.sigmoid(x))
+    with torch.no_grad():
+        for rows in (4, 2):
+            x, sigma = images(rows), torch.linspace(0.1, 10, rows)
+            found = compiled_model(model).predict(x, sigma)
+            torch.testing.assert_close(tuple(found), tuple(model.predict(x, sigma)), rtol=1e-5, atol=1e-5)
 
 
 def test_with_grad_the_model_itself_is_called(toy: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 import tomli_w
 
 from cdm_core import UserError, hookimpl
-from cdm_core.config import diff, from_toml, is_resumable, resolve, to_dict, to_toml
+from cdm_core.adapter_configs import CFGConfig
+from cdm_core.config import diff, from_toml, is_resumable, resolve, resolve_sampling, to_dict, to_toml
 from cdm_core.manager import Registry, load_registry
 from cdm_core.records import Model, Objective, Recipe
 from cdm_core.settings import LRFactor, Selection
@@ -107,6 +108,30 @@ def test_base_recipe_is_merged_deep(registry):
     assert config.recipe == "toy/child"
     assert config.model.config == NetConfig(width=16, rate=0.3, attention=Attention(2, 2.0))
     assert (config.train.steps, config.train.lr) == (10, 1e-3)
+
+
+def test_an_adapter_is_optional(registry):
+    assert resolve(registry).adapter is None
+    config = resolve(registry, overrides=["adapter.name=cfg", "adapter.weight=2"])
+    assert config.adapter == Selection("core/cfg", CFGConfig(2.0))
+    assert from_toml(to_toml(config), registry) == config
+    assert resolve(registry, overrides=["adapter=none"]).adapter is None
+    with pytest.raises(UserError, match=r"adapter\.name is missing"):
+        resolve(registry, overrides=["adapter.weight=2"])
+
+
+def test_sampling_is_the_runs_own_or_a_recipes_with_changes(registry):
+    own = resolve(registry, overrides=["adapter=cfg", "sample.steps=7"]).sampling
+    assert resolve_sampling(registry, own) == own
+    changed = resolve_sampling(registry, own, overrides=["sample.steps=9", "adapter.weight=3"])
+    assert changed == replace(
+        own, sample=replace(own.sample, steps=9), adapter=Selection("core/cfg", CFGConfig(3.0))
+    )
+    assert resolve_sampling(registry, own, overrides=["adapter=none"]).adapter is None
+    child = resolve_sampling(registry, own, recipe="child", plugins=["toy"], overrides=["sampler.eta=1"])
+    assert (child.adapter, child.sampler.config.eta) == (None, 1.0)
+    with pytest.raises(UserError, match="--set train: sampling has the tables sampler, sample, adapter only"):
+        resolve_sampling(registry, own, overrides=["train.lr=1"])
 
 
 def test_circular_base_is_an_error():

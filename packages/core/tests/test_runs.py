@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_core import UserError, hookimpl, load_run, schedules
+from cdm_core.adapter_configs import CFGConfig
 from cdm_core.checkpoints import RunFolder, safetensors_bytes
 from cdm_core.config import resolve, to_toml
 from cdm_core.data.configs import GaussianMixtureConfig
@@ -22,7 +23,7 @@ from cdm_core.mixtures import GaussianMixture
 from cdm_core.random import fold
 from cdm_core.records import Model, Objective, Recipe
 from cdm_core.runs import ImageDraws, Run
-from cdm_core.settings import SampleConfig
+from cdm_core.settings import SampleConfig, Selection
 
 DATA = GaussianMixtureConfig(components=4, std=0.2, train_points=600, valid_points=50, test_points=300)
 PATH = schedules.linear(200, 1e-4, 0.05)
@@ -115,6 +116,29 @@ def test_labels_cycle_and_guide() -> None:
     mean = run.data.mixture.means[1].view(2, 1, 1).float()  # type: ignore[union-attr]
     # Away from the other classes, beyond the mean of its own.
     assert (guided.mean(0) * mean).sum() > (plain.mean(0) * mean).sum() + 0.01
+
+
+def test_an_adapter_is_sampled_through() -> None:
+    run = make_run(num_classes=4)
+    plain = run.sample(8, steps=10)
+    run.sampling = replace(run.sampling, adapter=Selection("core/cfg", CFGConfig(2.0)))
+    through = run.sample(8, steps=10)
+    run.sampling = replace(run.sampling, adapter=None)
+    assert torch.equal(through, run.sample(8, steps=10, guidance=2.0))
+    assert not torch.allclose(through, plain, atol=1e-2)
+
+
+def test_clipping_is_for_images() -> None:
+    run = make_run()
+    run.sampling = replace(run.sampling, sample=replace(run.settings, clip=True))
+    with pytest.raises(UserError, match=r"sample\.clip: the data 'gaussian-mixture' are no images"):
+        run.sample(2, steps=3)
+    with torch.no_grad():
+        run.model.shift += 0.9
+    run.info = replace(run.info, levels=256)
+    assert float(run.sample(64, steps=3).abs().max()) == 1
+    run.sampling = replace(run.sampling, sample=replace(run.settings, clip=False))
+    assert float(run.sample(64, steps=3).abs().max()) > 1.2
 
 
 def test_progress_counts_every_step_once() -> None:

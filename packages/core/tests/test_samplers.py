@@ -426,7 +426,7 @@ def test_levels_that_make_no_sense_are_refused(name, sigmas):
 
 
 def test_an_unknown_variance_is_refused():
-    with pytest.raises(UserError, match="'small' or 'large', not 'medium'"):
+    with pytest.raises(UserError, match="'small', 'large' or 'learned', not 'medium'"):
         samplers.ddpm(crooked, draws((2, 2)), torch.tensor([1.0]).double(), variance="medium")
 
 
@@ -437,3 +437,99 @@ def test_without_a_noise_function_the_global_generator_is_used():
     torch.manual_seed(0)
     assert torch.equal(samplers.ddpm(crooked, x, sigmas), first)
     assert not torch.equal(samplers.ddpm(crooked, x, sigmas), first)
+
+
+# ---- What a sampler tells a model of its steps.
+
+
+class Aware:
+    """Data N(0.4, 0.25) by a model that records what it is asked, and may nudge states."""
+
+    def __init__(self, variance=None, nudge=0.0):
+        self.plain = gaussian(*torch.tensor([0.4, 0.5], dtype=torch.float64))
+        self.nudge, self.steps, self.begun, self.variance = nudge, [], [], variance
+
+    def denoise(self, x, sigma, y=None):
+        raise AssertionError("the sampler did not tell of its step")
+
+    def predict_step(self, x, step, y):
+        self.steps.append(step)
+        variance = None if self.variance is None else torch.full_like(x, self.variance)
+        return samplers.Prediction(self.plain(x, x.new_full((len(x),), step.level)), variance)
+
+    def begin_step(self, x, step, y):
+        self.begun.append(step)
+        return x + self.nudge
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_step_is_told_once(name):
+    sampler, options = EVERY[name]
+    model, sigmas = Aware(), log_grid(10.0, 0.1, 4)
+    sampler(samplers.Conditional(model), draws((3, 2)), sigmas, noise=draws_like, **options)
+    levels = [*sigmas.tolist(), 0.0]
+    assert [(s.number, s.total, s.sigma, s.next) for s in model.begun] == [
+        (i, 4, levels[i], levels[i + 1]) for i in range(4)
+    ]
+    first = [step for step in model.steps if not step.correction]
+    assert [(s.number, s.total, s.next) for s in first] == [(s.number, s.total, s.next) for s in model.begun]
+    corrections = [step for step in model.steps if step.correction]
+    assert [step.level for step in corrections] == (levels[1:4] if sampler is samplers.heun else [])
+
+
+def draws_like(x):
+    return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_step_sets_out_from_where_the_model_says(name):
+    """A shift of a Gaussian's state is carried to the end by the same linear map as the state itself."""
+    sampler, options = EVERY[name]
+    start, sigmas = draws((3, 1)), torch.tensor([2.0], dtype=torch.float64)
+    nudged = sampler(samplers.Conditional(Aware(nudge=0.3)), start, sigmas, noise=draws_like, **options)
+    shifted = sampler(samplers.Conditional(Aware()), start + 0.3, sigmas, noise=draws_like, **options)
+    torch.testing.assert_close(nudged, shifted)
+
+
+@pytest.mark.parametrize(("learned", "named"), [(0.0, "small"), (1.0, "large"), (None, "small")])
+def test_a_learned_variance_lies_between_small_and_large(learned, named):
+    sigmas, start = log_grid(10.0, 0.1, 4), draws((3, 2))
+
+    def run(model, variance):
+        return samplers.ddpm(
+            samplers.Conditional(model), start, sigmas, noise=lambda x: draws(x.shape, 7), variance=variance
+        )
+
+    torch.testing.assert_close(run(Aware(learned), "auto"), run(Aware(), named))
+
+
+def test_half_a_learned_variance_is_the_geometric_mean():
+    sigmas = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    states = []
+    for variance in (0.0, 0.5, 1.0):
+        seen = []
+        samplers.ddpm(
+            samplers.Conditional(Aware(variance)),
+            draws((1, 1)),
+            sigmas,
+            noise=torch.ones_like,
+            callback=lambda i, n, x, x0, seen=seen: seen.append(x),
+        )
+        states.append(float(seen[1]))
+    plain = []
+    samplers.ddpm(
+        samplers.Conditional(Aware()),
+        draws((1, 1)),
+        sigmas,
+        noise=torch.zeros_like,
+        callback=lambda i, n, x, x0: plain.append(x),
+    )
+    low, middle, high = (state - float(plain[1]) for state in states)
+    assert low == pytest.approx(math.sqrt(0.25 * (1 - 1 / 16)))
+    assert high == pytest.approx(math.sqrt(1.25 * 3.75 / 5))
+    assert middle == pytest.approx(math.sqrt(low * high))
+
+
+def test_a_variance_that_was_not_learned_is_refused():
+    with pytest.raises(UserError, match="variance 'learned': this model has not learned one"):
+        samplers.ddpm(crooked, draws((2, 2)), torch.tensor([2.0, 1.0]).double(), variance="learned")

@@ -11,6 +11,9 @@ from torch import Tensor
 from cdm_core.adapter_configs import BayesConfig, CFGConfig
 from cdm_core.capabilities import offered
 from cdm_core.errors import UserError
+from cdm_core.samplers import Prediction, predicted
+
+PREDICTS = ("predict", "predict_step", "begin_step")  # `cdm_core.samplers.Conditional`
 
 
 class Wrapper:
@@ -20,7 +23,9 @@ class Wrapper:
         self.model = model
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # not set yet: copying and unpickling ask before `__init__`
+        # `model` is not set yet when copying and unpickling ask, before `__init__`. What predicts is never
+        # passed through: a wrapper that changes `denoise` alone would be gone round.
+        if name in ("model", *PREDICTS):
             raise AttributeError(name)
         return getattr(self.model, name)
 
@@ -29,7 +34,9 @@ class ClassifierFreeGuidance(Wrapper):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6): D = (1 + w) D(x, y) - w D(x).
 
     A model with an attribute `null_label: int` (the label that means "no class") gets one doubled batch, any
-    other two calls. Only `denoise` is offered: the guided process has no density that the model would know.
+    other two calls. One with an attribute `cfg_channels: int` is guided in that many channels; the others
+    stay conditional (Peebles & Xie 2023), as does a learned variance. Only `denoise` is offered: the guided
+    process has no density that the model would know.
     """
 
     capabilities = frozenset({"denoise"})
@@ -40,16 +47,41 @@ class ClassifierFreeGuidance(Wrapper):
 
     def denoise(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
         """Guided E[x0 | x, sigma, y]; x (B, C, H, W), sigma (B,), y (B,) int64, None: no class."""
+        return self.predict(x, sigma, y).x0
+
+    def predict(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Prediction:
+        """As `denoise`, with the model's learned variance where it has one."""
         if y is None or self.weight == 0:
-            return self.model.denoise(x, sigma, y)
+            return predicted(self.model, x, sigma, y)
         null = getattr(self.model, "null_label", None)
         if null is None:
-            conditional, plain = self.model.denoise(x, sigma, y), self.model.denoise(x, sigma, None)
+            conditional, variance = predicted(self.model, x, sigma, y)
+            plain = self.model.denoise(x, sigma, None)
         else:
             labels = torch.cat([y, torch.full_like(y, null)])
-            both = self.model.denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), labels)
+            both, variance = predicted(self.model, torch.cat([x, x]), torch.cat([sigma, sigma]), labels)
             conditional, plain = both.chunk(2)
-        return (1 + self.weight) * conditional - self.weight * plain
+            variance = None if variance is None else variance.chunk(2)[0]
+        guided = (1 + self.weight) * conditional - self.weight * plain
+        first = getattr(self.model, "cfg_channels", None)
+        if first is not None:
+            guided = torch.cat([guided[:, :first], conditional[:, first:]], dim=1)
+        return Prediction(guided, variance)
+
+
+class Clipped(Wrapper):
+    """Predictions clamped to [-1, 1], where the data lie and with them E[x0 | x] (`clip_denoised`)."""
+
+    capabilities = frozenset({"denoise"})
+
+    def denoise(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
+        """The model's E[x0 | x, sigma, y], clamped."""
+        return self.model.denoise(x, sigma, y).clamp(-1, 1)
+
+    def predict(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Prediction:
+        """As `denoise`, with the model's learned variance where it has one."""
+        x0, variance = predicted(self.model, x, sigma, y)
+        return Prediction(x0.clamp(-1, 1), variance)
 
 
 class BayesClassifier(Wrapper):

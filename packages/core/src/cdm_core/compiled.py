@@ -30,6 +30,7 @@ from torch.func import functional_call
 from cdm_core.adapters import Wrapper
 from cdm_core.capabilities import offered
 from cdm_core.errors import UserError
+from cdm_core.samplers import Prediction
 from cdm_core.settings import Compile
 
 Recipe = Literal["trace", "whole", "cuda-graph"]
@@ -276,7 +277,7 @@ class _Ready(torch.autograd.Function):
 
 
 class CompiledModel(Wrapper):
-    """A model with its `denoise` and `log_density` compiled, each for one size of batch.
+    """A model with its `denoise`, `predict` and `log_density` compiled, each for one size of batch.
 
     The size is that of the first call. A smaller batch is filled up with copies of its last row and cut
     again, so that the same code computes every image; a larger one compiles anew. Gradients are not computed:
@@ -294,12 +295,20 @@ class CompiledModel(Wrapper):
         """As the model's."""
         return self._call("denoise", x, sigma, y)
 
+    def predict(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Prediction:
+        """As the model's, or its `denoise` where it has none."""
+        if not hasattr(self.model, "predict"):
+            return Prediction(self.denoise(x, sigma, y))
+        return Prediction(*self._call("predict", x, sigma, y).unbind(1))
+
     def log_density(self, x: Tensor, y: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
         """As the model's."""
         return self._call("log_density", x, y, sigma)
 
     def _call(self, name: str, *inputs: Tensor | None) -> Tensor:
         method = getattr(self.model, name)
+        if name == "predict":
+            method = _stacked(method)
         if torch.is_grad_enabled():
             return method(*inputs)
         rows = max(len(t) for t in inputs if t is not None)
@@ -328,6 +337,11 @@ class CompiledModel(Wrapper):
                     f"its size, and {tolerance:g} is allowed: {self._hint}"
                 )
         return compiled
+
+
+def _stacked(predict: Callable[..., Prediction]) -> Callable[..., Tensor]:
+    """Everything that `predict` returns as one tensor, (B, 1 or 2, ...): compiled methods return one."""
+    return lambda *inputs: torch.stack([part for part in predict(*inputs) if part is not None], dim=1)
 
 
 def _method(

@@ -63,6 +63,23 @@ def build_sampler(selection: Selection, registry: Registry) -> Callable[..., Ten
     return partial(record.load(), **options(selection.config))
 
 
+def adapt(selection: Selection, model: Any, registry: Registry) -> Any:
+    """`model` within the adapter that `selection` names, checked to offer what the adapter needs."""
+    full, record = registry.find("adapter", selection.name)
+    missing = [capability for capability in record.requires if capability not in offered(model)]
+    require(
+        model,
+        record.requires,
+        user=f"the adapter {full!r}",
+        model_name="the model",
+        hint=registry.hint(missing),
+    )
+    config = selection.config
+    if config is None and record.config is not None:
+        config = record.config()
+    return record.load()(config, model)
+
+
 def options(settings: Any) -> dict[str, Any]:
     """The fields of a settings dataclass by name (not recursively); {} for None."""
     return {} if settings is None else dict(vars(settings))

@@ -2,8 +2,8 @@
 
 Later layers win: dataclass defaults < recipe < `--config FILE` < `--set a.b=c`. A TOML file has the top-level
 keys `recipe` and `seed`, the tables `[model]`, `[objective]`, `[data]` and `[sampler]`, each with the `name`
-of a component and that component's own settings, and `[train]` and `[sample]`. None is a key left out, or
-"none" where the default is something else.
+of a component and that component's own settings, `[adapter]` alike where sampling goes through one, and
+`[train]` and `[sample]`. None is a key left out, or "none" where the default is something else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,15 @@ import tomli_w
 
 from cdm_core.errors import UserError
 from cdm_core.manager import Registry, did_you_mean, nearest
-from cdm_core.settings import LRFactor, RunConfig, SampleConfig, Selection, TrainConfig
+from cdm_core.settings import LRFactor, RunConfig, SampleConfig, Sampling, Selection, TrainConfig
 
 # Table of the configuration -> kind of component that it chooses.
 COMPONENTS = {"model": "model", "objective": "objective", "data": "dataset", "sampler": "sampler"}
+OPTIONAL = {"adapter": "adapter"}
+KINDS = COMPONENTS | OPTIONAL
 TABLES: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig}
-KEYS = ("recipe", "seed", *COMPONENTS, *TABLES)
+SAMPLING = ("sampler", "sample", "adapter")  # the tables that decide how samples are drawn
+KEYS = ("recipe", "seed", *KINDS, *TABLES)
 NONE = "none"
 
 # Smallest and largest value of the settings of core's own tables; None: no limit.
@@ -117,9 +120,10 @@ def to_toml(config: RunConfig) -> str:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The whole configuration as nested plain values, laid out as in the TOML file."""
     values: dict[str, Any] = {"recipe": config.recipe, "seed": config.seed}
-    for table in COMPONENTS:
-        chosen: Selection = getattr(config, table)
-        values[table] = {"name": chosen.name, **(plain(chosen.config) if chosen.config is not None else {})}
+    for table in KINDS:
+        chosen: Selection | None = getattr(config, table)
+        if chosen is not None:
+            values[table] = _plain_selection(chosen)
     return values | {table: plain(getattr(config, table)) for table in TABLES}
 
 
@@ -138,6 +142,43 @@ def is_resumable(key: str) -> bool:
     table, _, name = key.partition(".")
     fields = {f.name: f for f in dataclasses.fields(TABLES[table])} if table in TABLES else {}
     return name in fields and bool(fields[name].metadata.get("resumable"))
+
+
+def resolve_sampling(
+    registry: Registry,
+    own: Sampling,
+    *,
+    plugins: Sequence[str] = (),
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Sampling:
+    """`own` or the sampling tables of `recipe`, and over them the texts `a.b=c`.
+
+    Raises `UserError` as `resolve` does, and on a key of another table.
+    """
+    if recipe is not None:
+        full, _ = _find_recipe(registry, recipe, plugins)
+        layers = _recipe_layers(registry, full, plugins)
+        layers = [replace(layer, values=_only(layer.values, SAMPLING)) for layer in layers]
+    else:
+        tables: dict[str, Any] = {"sampler": _plain_selection(own.sampler), "sample": plain(own.sample)}
+        if own.adapter is not None:
+            tables["adapter"] = _plain_selection(own.adapter)
+        layers = [_Layer("the run", tables)]
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key not in SAMPLING:
+            raise UserError(f"--set {key}: sampling has the tables {', '.join(SAMPLING)} only")
+    merged = _merge(registry, [*layers, _Layer("--set", changes, tuple(plugins))])
+    return Sampling(
+        _select(registry, merged, "sampler", "sampler"),
+        fill(SampleConfig, merged.values.get("sample", {}), "sample", merged),
+        _select_optional(registry, merged, "adapter"),
+    )
+
+
+def _only(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in keys}
 
 
 # Layers ---------------------------------------------------------------------------------------------------
@@ -230,7 +271,9 @@ def _merge(registry: Registry, layers: Sequence[_Layer]) -> Merged:
         for key, value in layer.values.items():
             if key not in KEYS:
                 raise UserError(f"unknown key {key!r} in {layer.where}{did_you_mean(key, KEYS)}")
-            if key in COMPONENTS:
+            if key in OPTIONAL and value == NONE:
+                merged.values.pop(key, None)
+            elif key in KINDS:
                 _merge_component(registry, merged, layer, key, value)
             elif key != "recipe":
                 _lay(merged, merged.values, layer.where, key, key, value)
@@ -257,7 +300,7 @@ def _named(registry: Registry, layer: _Layer, table: str, name: Any) -> tuple[st
     if not isinstance(name, str):
         raise UserError(f"{table}.name in {layer.where} must be a string, not {name!r}")
     try:
-        return registry.find(COMPONENTS[table], name, layer.prefer)
+        return registry.find(KINDS[table], name, layer.prefer)
     except UserError as error:
         raise UserError(f"{table}.name in {layer.where}: {error}") from error
 
@@ -282,6 +325,8 @@ def _build(registry: Registry, layers: Sequence[_Layer], recipe: str) -> RunConf
     parts: dict[str, Any] = {"recipe": recipe, "seed": _seed(merged)}
     for table, kind in COMPONENTS.items():
         parts[table] = _select(registry, merged, table, kind)
+    for table in OPTIONAL:
+        parts[table] = _select_optional(registry, merged, table)
     for table, cls in TABLES.items():
         parts[table] = fill(cls, merged.values.get(table, {}), table, merged)
     return RunConfig(**parts)
@@ -306,6 +351,10 @@ def _select(registry: Registry, merged: Merged, table: str, kind: str) -> Select
         key = f"{table}.{next(iter(values))}"
         raise UserError(f"unknown key {key!r} in {merged.where(key)}: {full} has no settings")
     return Selection(full)
+
+
+def _select_optional(registry: Registry, merged: Merged, table: str) -> Selection | None:
+    return _select(registry, merged, table, OPTIONAL[table]) if merged.values.get(table) else None
 
 
 def fill(cls: type, values: Any, path: str, merged: Merged) -> Any:
@@ -481,6 +530,10 @@ def plain(settings: Any) -> dict[str, Any]:
         for name, (value, default) in values.items()
         if not (value is None and default is None)
     }
+
+
+def _plain_selection(chosen: Selection) -> dict[str, Any]:
+    return {"name": chosen.name, **(plain(chosen.config) if chosen.config is not None else {})}
 
 
 def _plain_value(value: Any) -> Any:

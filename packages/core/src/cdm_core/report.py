@@ -177,7 +177,7 @@ class Report:
             many = run.cached_samples(GRID * 10, self.seed)
             shown = page.figure(images.scatter(many, reference), f"Samples over held-out data: {how}.")
         else:
-            classes = run.num_classes
+            classes = run.classes
             columns = classes if classes and classes <= 20 else 10
             picture = images.picture(x0[: len(x0) // columns * columns], run.info, columns, cell=CELL)
             shown = page.figure(

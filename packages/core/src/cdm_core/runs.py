@@ -20,14 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from cdm_core import capabilities, components, schedules
+from cdm_core.adapter_configs import CFGConfig
+from cdm_core.adapters import Clipped
 from cdm_core.checkpoints import RunFolder
 from cdm_core.commands.common import pick_device
 from cdm_core.compiled import CompiledModel
+from cdm_core.config import from_toml, resolve_sampling
 from cdm_core.data import Data, DataInfo, Split
 from cdm_core.errors import UserError
 from cdm_core.manager import Registry, load_registry
 from cdm_core.random import Draws, fold
-from cdm_core.settings import RunConfig, SampleConfig, Selection
+from cdm_core.samplers import Conditional
+from cdm_core.settings import RunConfig, SampleConfig, Sampling, Selection
 
 __all__ = ["ImageDraws", "Likelihood", "Run", "RunFolder", "SamplePlan", "load_run"]
 
@@ -77,7 +81,7 @@ class SamplePlan:
 
         with torch.no_grad():  # not inference_mode: a model may need autograd inside
             return self.function(
-                lambda x, sigma: model.denoise(x, sigma, y),
+                Conditional(model, y),
                 noise * self.start,
                 self.sigmas.to(noise.device),
                 noise=lambda x: draws.normal(*shape).to(x.dtype),
@@ -122,7 +126,8 @@ class Run:
 
     model: nn.Module in evaluation mode on `device`; info: DataInfo; data: Data, or None where a converted
     file's were not named; config: RunConfig, or None for a converted file; path: the run folder or file;
-    compile: `denoise` and `log_density` are compiled at their first use (`cdm_core.compiled`).
+    sampling: how it is sampled, the configuration's own by default; compile: `denoise` and `log_density` are
+    compiled at their first use (`cdm_core.compiled`).
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class Run:
         *,
         config: RunConfig | None = None,
         data: Data | None = None,
+        sampling: Sampling | None = None,
         device: torch.device | str = "cpu",
         registry: Registry | None = None,
         path: Path | None = None,
@@ -146,6 +152,8 @@ class Run:
         self.info, self.data, self.config = info, data, config
         self.registry = registry if registry is not None else load_registry()
         self.path, self.step, self.name = path, step, name
+        self.sampling = sampling or (config.sampling if config else Sampling())
+        self._sources: dict[str, Any] = {}
         self._samples: dict[int, Tensor] = {}
 
     # -- what it can do --------------------------------------------------------------------------------------
@@ -171,7 +179,12 @@ class Run:
     @property
     def settings(self) -> SampleConfig:
         """The run's own settings of `sample`."""
-        return self.config.sample if self.config else SampleConfig()
+        return self.sampling.sample
+
+    @property
+    def classes(self) -> int | None:
+        """Classes that `sample` takes: those of the model, or of the adapter that it is sampled through."""
+        return getattr(self.source(self.settings), "num_classes", None) or None
 
     # -- sampling --------------------------------------------------------------------------------------------
 
@@ -191,7 +204,7 @@ class Run:
     ) -> Tensor:
         """Samples x0 (num, C, H, W) float32 in model units, on the CPU: images `first` to `first + num - 1`.
 
-        labels: classes that the images cycle through; None: all classes of a class-conditional model; "none":
+        labels: classes that the images cycle through; None: all classes that there are (`classes`); "none":
         no class. sampler, steps, grid (`t`, `logsnr`, `quadratic`, `rho`), guidance (weight w of
         classifier-free guidance), batch_size: None takes the run's own. callback(done, total) counts
         denoising steps over all batches. Raises UserError on anything out of range or unknown.
@@ -200,7 +213,10 @@ class Run:
             raise UserError(f"cannot draw {num} samples: ask for at least 1")
         plan = self.plan(sampler=sampler, steps=steps, grid=grid, guidance=guidance, batch_size=batch_size)
         y = self.labels_for(range(first, first + num), labels)
-        model = self._guided(plan.settings.guidance, y)
+        if plan.settings.guidance and y is None:
+            weight = plan.settings.guidance
+            raise UserError(f"guidance {weight:g} needs a class-conditional model and labels: use guidance 0")
+        model = self.source(plan.settings)
         parts, size = [], plan.settings.batch_size
         for start in range(0, num, size):
             indices = range(first + start, first + min(start + size, num))
@@ -230,7 +246,7 @@ class Run:
         return SamplePlan(selection, function, settings, sigmas, start)
 
     def _sampler(self, name: str | None) -> tuple[Selection, Callable[..., Tensor]]:
-        own = self.config.sampler if self.config else Selection("core/ddim")
+        own = self.sampling.sampler
         full, record = self.registry.find("sampler", name or own.name, [own.name.partition("/")[0], "core"])
         settings = own.config if full == own.name else None
         if settings is None and record.config:
@@ -259,31 +275,46 @@ class Run:
 
     def labels_for(self, indices: Sequence[int], labels: Labels = None) -> Tensor | None:
         """The class of each image index, (N,) int64: `labels` cycled; None where no class is wanted."""
-        if labels == "none" or (labels is None and not self.num_classes):
+        if labels == "none" or (labels is None and not self.classes):
             return None
         if labels is None:
-            labels = range(self.num_classes or 0)
+            labels = range(self.classes or 0)
         chosen = [labels] if isinstance(labels, int) else [int(label) for label in labels]
         if not chosen:
             raise UserError('no labels given: name at least one class, or "none"')
-        self.check_labels(chosen)
+        self._check_labels(chosen, self.classes)
         return torch.tensor([chosen[index % len(chosen)] for index in indices])
 
     def check_labels(self, labels: Sequence[int]) -> None:
         """Raise `UserError` unless the model is conditional and every label is one of its classes."""
-        if not self.num_classes:
-            raise UserError(f"{self.name} is unconditional: it takes no labels")
-        wrong = [label for label in labels if not 0 <= label < self.num_classes]
-        if wrong:
-            raise UserError(f"label {wrong[0]} is out of range: the classes are 0 to {self.num_classes - 1}")
+        self._check_labels(labels, self.num_classes)
 
-    def _guided(self, weight: float, labels: Tensor | None) -> Any:
-        if weight == 0:
-            return self.model
-        if labels is None:
-            raise UserError(f"guidance {weight:g} needs a class-conditional model and labels: use guidance 0")
-        _, record = self.registry.find("adapter", "core/cfg")
-        return record.load()(record.config(weight=weight), self.model)
+    def _check_labels(self, labels: Sequence[int], classes: int | None) -> None:
+        if not classes:
+            raise UserError(f"{self.name} is unconditional: it takes no labels")
+        wrong = [label for label in labels if not 0 <= label < classes]
+        if wrong:
+            raise UserError(f"label {wrong[0]} is out of range: the classes are 0 to {classes - 1}")
+
+    def source(self, settings: SampleConfig) -> Any:
+        """What is sampled from: the model, with classifier-free guidance, clipped, through the adapter.
+
+        In this order: a classifier that guides sees the prediction as it would be without it.
+        """
+        key = repr((settings.guidance, settings.clip, self.sampling.adapter))
+        if key not in self._sources:
+            model = self.model
+            if settings.guidance:
+                guidance = Selection("core/cfg", CFGConfig(settings.guidance))
+                model = components.adapt(guidance, model, self.registry)
+            if settings.clip:
+                if self.info.levels is None:
+                    raise UserError(f"sample.clip: the data {self.info.name!r} are no images in [-1, 1]")
+                model = Clipped(model)
+            if self.sampling.adapter:
+                model = components.adapt(self.sampling.adapter, model, self.registry)
+            self._sources[key] = model
+        return self._sources[key]
 
     def cached_samples(self, num: int, seed: int = 0) -> Tensor:
         """`sample(num, seed=seed)` with the run's own settings, drawn once for all who ask."""
@@ -479,11 +510,16 @@ def load_run(
     data: str | None = None,
     registry: Registry | None = None,
     compile: bool = False,
+    plugins: Sequence[str] = (),
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Run:
     """The run in a folder made by `train` (its newest whole checkpoint) or in a converted `.safetensors`.
 
     device: `auto`, `cpu`, `cuda` or a torch device; weights: the moving average (`ema`) or the plain `model`;
-    data: the data set (by name, with its default settings) of a converted file; compile: as `Run` has it.
+    data: the data set (by name, with its default settings) of a converted file; compile: as `Run` has it;
+    recipe, overrides (bare names from `plugins` first): how to sample it instead, by a recipe's sampling
+    tables and by texts such as `adapter.scale=2`.
     Raises UserError when there is no run or checkpoint, or where the weights do not fit the model.
     """
     path = Path(path)
@@ -491,17 +527,20 @@ def load_run(
     if weights not in ("ema", "model"):
         raise UserError(f"unknown weights {weights!r}: choose 'ema' or 'model'")
     if path.is_file():
-        return _from_file(path, data, device=pick_device(device), registry=registry, compile=compile)
-    if data is not None:
+        run = _from_file(path, data, device=pick_device(device), registry=registry, compile=compile)
+    elif data is not None:
         raise UserError(f"{path} is a run folder, which names its own data: --data is for converted files")
-    return _from_folder(
-        RunFolder(path), weights, device=pick_device(device), registry=registry, compile=compile
+    else:
+        run = _from_folder(
+            RunFolder(path), weights, device=pick_device(device), registry=registry, compile=compile
+        )
+    run.sampling = resolve_sampling(
+        registry, run.sampling, recipe=recipe, overrides=overrides, plugins=plugins
     )
+    return run
 
 
 def _from_folder(folder: RunFolder, weights: Weights, *, registry: Registry, **given: Any) -> Run:
-    from cdm_core.config import from_toml
-
     if not folder.config_path.is_file():
         what = "has no config.toml" if folder.path.is_dir() else "does not exist"
         raise UserError(

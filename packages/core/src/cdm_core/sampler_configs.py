@@ -21,7 +21,8 @@ class DDIMConfig:
 class DDPMConfig:
     """Settings of `samplers.ddpm`."""
 
-    variance: Literal["small", "large"] = "small"  # exact for one point | for unit-variance data
+    # Exact for one point | for unit-variance data | as the model learned it | learned if it was, else small.
+    variance: Literal["auto", "small", "large", "learned"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ Each is `sampler(denoise, x, sigmas, *, noise=None, callback=None, **options) ->
   where they come to nothing). None: `torch.randn_like`.
 - callback(step, total, x, x0): once a step, from step 0; x is the state and x0 what was predicted from it.
 
+A `Conditional`, which `denoise` may be, is asked in the light of the step: `predict(x, step)` instead of the
+call, and `begin(x, step)` for the state that a step sets out from.
+
 They run under `torch.no_grad`, never `inference_mode`: a denoiser may need autograd inside.
 Formulas are in the variance-exploding currency, lambda = -log sigma; a published formula in (alpha, sigma)
 becomes one of these when x_t is divided by alpha_t. A step goes from level t to level s.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +34,93 @@ Noise = Callable[[Tensor], Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
 
-def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
-    """(sigma, next sigma) of every step, the last one to 0; Python floats: coefficients are float64."""
+class Step(NamedTuple):
+    """What a prediction is for: step `number` of `total`, from level `sigma` to level `next` (0 at the last).
+
+    Levels are noise std in data units, Python floats. correction: x is at level `next` already, and the
+    prediction is the second one of a step of Heun's.
+    """
+
+    number: int
+    total: int
+    sigma: float
+    next: float
+    correction: bool = False
+
+    @property
+    def level(self) -> float:
+        """The noise std of the x that comes with it."""
+        return self.next if self.correction else self.sigma
+
+    @property
+    def small(self) -> float:
+        """Variance of x_next given x and x0, in VE units: beta~ / alpha_next^2 (Ho et al. 2020, eq. 7)."""
+        return self.next**2 * (1 - (self.next / self.sigma) ** 2)
+
+    @property
+    def large(self) -> float:
+        """Variance of x_next given x for N(0, I) data, in VE units: beta / alpha_next^2 of a VP path."""
+        return (1 + self.next**2) * (self.sigma**2 - self.next**2) / (1 + self.sigma**2)
+
+
+class Prediction(NamedTuple):
+    """x0 (B, ...): E[x0 | x]. variance (B, ...) or None: the learned one of the ancestral step.
+
+    In [0, 1]: log variance = v log(large) + (1 - v) log(small) (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    x0: Tensor
+    variance: Tensor | None = None
+
+
+class Conditional:
+    """What a sampler calls: `model.denoise` for the classes y (B,) int64, or None, and all that it may offer.
+
+    Optional methods of a model: `predict(x, sigma, y) -> Prediction`, where it has learned its variance;
+    `predict_step(x, step, y) -> Prediction` and `begin_step(x, step, y) -> x`, where it must know the step.
+    """
+
+    def __init__(self, model: Any, y: Tensor | None = None) -> None:
+        self.model, self.y = model, y
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[x0 | x, y]; x (B, ...), sigma (B,)."""
+        return self.model.denoise(x, sigma, self.y)
+
+    def predict(self, x: Tensor, step: Step) -> Prediction:
+        """E[x0 | x, y] for a step, and the learned variance where there is one."""
+        if hasattr(self.model, "predict_step"):
+            return self.model.predict_step(x, step, self.y)
+        return predicted(self.model, x, x.new_full((len(x),), step.level), self.y)
+
+    def begin(self, x: Tensor, step: Step) -> Tensor:
+        """The state that the step sets out from."""
+        return self.model.begin_step(x, step, self.y) if hasattr(self.model, "begin_step") else x
+
+
+def predicted(model: Any, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Prediction:
+    """What `model` says of x (B, ...) at level sigma (B,): its `predict` where it has one, else `denoise`."""
+    if hasattr(model, "predict"):
+        return model.predict(x, sigma, y)
+    return Prediction(model.denoise(x, sigma, y))
+
+
+def _steps(sigmas: Tensor) -> list[Step]:
+    """Every step, the last one to 0; Python floats: coefficients are float64."""
     levels = [*sigmas.tolist(), 0.0]
     if len(levels) < 2 or any(not t > s for t, s in pairwise(levels)) or math.isinf(levels[0]):
         raise UserError("sigmas must be finite, positive and descending, at least one of them")
-    return list(pairwise(levels))
+    return [Step(i, len(levels) - 1, t, s) for i, (t, s) in enumerate(pairwise(levels))]
 
 
-def _predict(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
-    return denoise(x, x.new_full((len(x),), sigma))
+def _predict(denoise: Denoise, x: Tensor, step: Step) -> Prediction:
+    if isinstance(denoise, Conditional):
+        return denoise.predict(x, step)
+    return Prediction(denoise(x, x.new_full((len(x),), step.level)))
+
+
+def _begin(denoise: Denoise, x: Tensor, step: Step) -> Tensor:
+    return denoise.begin(x, step) if isinstance(denoise, Conditional) else x
 
 
 @torch.no_grad()
@@ -58,10 +138,12 @@ def ddim(
     Published fresh noise eta sqrt((1-a_s)/(1-a_t)) sqrt(1 - a_t/a_s), over sqrt(a_s), is the `fresh` below.
     """
     steps = _steps(sigmas)
-    for i, (t, s) in enumerate(steps):
-        x0 = _predict(denoise, x, t)
+    for step in steps:
+        i, total, t, s, _ = step
+        x = _begin(denoise, x, step)
+        x0 = _predict(denoise, x, step).x0
         if callback:
-            callback(i, len(steps), x, x0)
+            callback(i, total, x, x0)
         fresh = eta * s * math.sqrt(1 - (s / t) ** 2)
         x = x0 + math.sqrt(s**2 - fresh**2) / t * (x - x0)
         if eta > 0:
@@ -77,27 +159,37 @@ def ddpm(
     *,
     noise: Noise | None = None,
     callback: Callback | None = None,
-    variance: Literal["small", "large"] = "small",
+    variance: Literal["auto", "small", "large", "learned"] = "auto",
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): x_s from q(x_s | x_t, x0), on any subset of levels.
 
     variance: of x_s given x_t, "small" as if the data were a point (beta~_t, what q has), "large" as if they
-    were N(0, I) (beta_t): the two ends of Ho et al. section 3.2, with the betas of the levels visited.
+    were N(0, I) (beta_t): the two ends of Ho et al. section 3.2, with the betas of the levels visited;
+    "learned" between the two, as a model has learned it; "auto" learned where it was, else small.
     """
-    if variance not in ("small", "large"):
-        raise UserError(f"variance must be 'small' or 'large', not {variance!r}")
+    if variance not in ("auto", "small", "large", "learned"):
+        raise UserError(f"variance must be 'auto', 'small', 'large' or 'learned', not {variance!r}")
     steps = _steps(sigmas)
-    for i, (t, s) in enumerate(steps):
-        x0 = _predict(denoise, x, t)
+    for step in steps:
+        i, total, t, s, _ = step
+        x = _begin(denoise, x, step)
+        x0, learned = _predict(denoise, x, step)
         if callback:
-            callback(i, len(steps), x, x0)
-        ratio = (s / t) ** 2
-        spread = s**2 * (1 - ratio) if variance == "small" else (1 + s**2) * (t**2 - s**2) / (1 + t**2)
-        x = x0 + ratio * (x - x0)
+            callback(i, total, x, x0)
+        x = x0 + (s / t) ** 2 * (x - x0)
         fresh = (noise or torch.randn_like)(x)
         if s > 0:
-            x = x + math.sqrt(spread) * fresh
+            x = x + _spread(step, learned, variance) * fresh
     return x
+
+
+def _spread(step: Step, learned: Tensor | None, variance: str) -> Tensor | float:
+    """Standard deviation of an ancestral step's fresh noise."""
+    if variance == "learned" and learned is None:
+        raise UserError("variance 'learned': this model has not learned one; use 'small' or 'large'")
+    if learned is None or variance not in ("auto", "learned"):
+        return math.sqrt(step.large if variance == "large" else step.small)
+    return math.sqrt(step.small) * (learned * (math.log(step.large / step.small) / 2)).exp()
 
 
 @torch.no_grad()
@@ -116,10 +208,12 @@ def dpm_solver(
     """
     steps = _steps(sigmas)
     before, h_before = None, 0.0
-    for i, (t, s) in enumerate(steps):
-        x0 = _predict(denoise, x, t)
+    for step in steps:
+        i, total, t, s, _ = step
+        x = _begin(denoise, x, step)
+        x0 = _predict(denoise, x, step).x0
         if callback:
-            callback(i, len(steps), x, x0)
+            callback(i, total, x, x0)
         if s == 0:
             break
         m, h = (x - x0) / t, math.log(t / s)
@@ -145,10 +239,12 @@ def dpm_solver_pp(
     """
     steps = _steps(sigmas)
     before, h_before = None, 0.0
-    for i, (t, s) in enumerate(steps):
-        x0 = _predict(denoise, x, t)
+    for step in steps:
+        i, total, t, s, _ = step
+        x = _begin(denoise, x, step)
+        x0 = _predict(denoise, x, step).x0
         if callback:
-            callback(i, len(steps), x, x0)
+            callback(i, total, x, x0)
         if s == 0:
             break
         h = math.log(t / s)
@@ -159,16 +255,17 @@ def dpm_solver_pp(
 
 
 def _churn(
-    x: Tensor, t: float, total: int, noise: Noise | None, options: tuple[float, float, float, float]
-) -> tuple[Tensor, float]:
+    x: Tensor, step: Step, noise: Noise | None, options: tuple[float, float, float, float]
+) -> tuple[Tensor, Step]:
     """Raise x from level t to t_hat with fresh noise (Karras et al. 2022, algorithm 2, lines 4-6)."""
     churn, churn_min, churn_max, churn_noise = options
     if churn == 0:
-        return x, t
-    gamma = min(churn / total, math.sqrt(2) - 1) if churn_min <= t <= churn_max else 0.0
+        return x, step
+    t = step.sigma
+    gamma = min(churn / step.total, math.sqrt(2) - 1) if churn_min <= t <= churn_max else 0.0
     t_hat = t + gamma * t
     fresh = (noise or torch.randn_like)(x)
-    return x + math.sqrt(t_hat**2 - t**2) * churn_noise * fresh, t_hat
+    return x + math.sqrt(t_hat**2 - t**2) * churn_noise * fresh, step._replace(sigma=t_hat)
 
 
 @torch.no_grad()
@@ -189,11 +286,13 @@ def euler(
     Without churn this is DDIM with eta=0: in this currency the two are one formula.
     """
     steps = _steps(sigmas)
-    for i, (t, s) in enumerate(steps):
-        x, t_hat = _churn(x, t, len(steps), noise, (churn, churn_min, churn_max, churn_noise))
-        x0 = _predict(denoise, x, t_hat)
+    for step in steps:
+        x = _begin(denoise, x, step)
+        x, step = _churn(x, step, noise, (churn, churn_min, churn_max, churn_noise))
+        i, total, t_hat, s, _ = step
+        x0 = _predict(denoise, x, step).x0
         if callback:
-            callback(i, len(steps), x, x0)
+            callback(i, total, x, x0)
         x = x0 + s / t_hat * (x - x0)
     return x
 
@@ -216,14 +315,19 @@ def heun(
     Two predictions a step, one at the last.
     """
     steps = _steps(sigmas)
-    for i, (t, s) in enumerate(steps):
-        x, t_hat = _churn(x, t, len(steps), noise, (churn, churn_min, churn_max, churn_noise))
-        x0 = _predict(denoise, x, t_hat)
+    for step in steps:
+        x = _begin(denoise, x, step)
+        x, step = _churn(x, step, noise, (churn, churn_min, churn_max, churn_noise))
+        i, total, t_hat, s, _ = step
+        x0 = _predict(denoise, x, step).x0
         if callback:
-            callback(i, len(steps), x, x0)
+            callback(i, total, x, x0)
         x_s = x0 + s / t_hat * (x - x0)
         if s > 0:
-            slope, slope_s = (x - x0) / t_hat, (x_s - _predict(denoise, x_s, s)) / s
+            slope, slope_s = (
+                (x - x0) / t_hat,
+                (x_s - _predict(denoise, x_s, step._replace(correction=True)).x0) / s,
+            )
             x_s = x + (s - t_hat) / 2 * (slope + slope_s)
         x = x_s
     return x

@@ -60,6 +60,7 @@ class SampleConfig:
     steps: int = 50
     grid: Literal["t", "logsnr", "quadratic", "rho"] = "t"
     batch_size: int = 64
+    clip: bool = False  # every prediction of x0 is clamped to the data's range, [-1, 1]
     guidance: float = 0.0  # weight w of classifier-free guidance, (1 + w) D(x, y) - w D(x); 0: none
 
 
@@ -69,6 +70,15 @@ class Selection:
 
     name: str
     config: Any = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is sampled: by which sampler, with which settings, through which adapter (None: none)."""
+
+    sampler: Selection = field(default_factory=lambda: Selection("core/ddim"))
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    adapter: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -83,3 +93,9 @@ class RunConfig:
     seed: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    adapter: Selection | None = None  # what `sample` draws through, a guide say; training knows nothing of it
+
+    @property
+    def sampling(self) -> Sampling:
+        """The part that decides how samples are drawn."""
+        return Sampling(self.sampler, self.sample, self.adapter)

@@ -66,6 +66,8 @@ def open_run(
     data: str | None = None,
     *,
     compiled: bool = False,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Run:
     """`load_run` with the session's plugins."""
     from cdm_core.runs import load_run
@@ -77,6 +79,9 @@ def open_run(
         data=data,
         registry=session.registry,
         compile=compiled,
+        plugins=session.plugins,
+        recipe=recipe,
+        overrides=overrides,
     )
 
 

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 @click.option(
     "--label", metavar="Y", multiple=True, help="Class, or classes to cycle through: 3, 0,1 or none."
 )
+@click.option("--adapter", metavar="NAME", help="What to sample through, a guide say; none: the model alone.")
+@click.option("--recipe", metavar="NAME", help="Sample as this recipe does: its sampler, settings, adapter.")
+@click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="One of those, e.g. adapter.scale=2."
+)
 @click.option("--guidance", type=float, metavar="W", help="Weight of classifier-free guidance.")
 @seed_option()
 @click.option("--batch-size", type=int, help="Images at a time; changes no image.")
@@ -51,6 +56,9 @@ def sample(
     path: Path,
     num: int,
     label: tuple[str, ...],
+    adapter: str | None,
+    recipe: str | None,
+    overrides: tuple[str, ...],
     seed: int,
     out: Path | None,
     formats: str,
@@ -73,7 +81,17 @@ def sample(
     from cdm_core.processes import Place
 
     place, kinds, labels = Place.from_environment(), _formats(formats), parse_labels(label)
-    run = open_run(session, path, place.device(pick_device(device)), weights, compiled=compiled)
+    if adapter:
+        overrides = (f"adapter={adapter}" if adapter == "none" else f"adapter.name={adapter}", *overrides)
+    run = open_run(
+        session,
+        path,
+        place.device(pick_device(device)),
+        weights,
+        compiled=compiled,
+        recipe=recipe,
+        overrides=overrides,
+    )
     if num < 1:
         raise UserError(f"--num {num}: ask for at least 1 image")
     plan = run.plan(**options)
@@ -136,8 +154,18 @@ def _settings(run: Run, plan: SamplePlan, **given: Any) -> dict[str, Any]:
         "step": run.step,
         "sampler": plan.sampler.name,
         **{name: value for name, value in asdict(plan.settings).items() if name != "batch_size"},
+        "adapter": _adapter(run),
         **given,
     }
+
+
+def _adapter(run: Run) -> dict[str, Any] | None:
+    from cdm_core.config import plain
+
+    chosen = run.sampling.adapter
+    if chosen is None:
+        return None
+    return {"name": chosen.name, **(plain(chosen.config) if chosen.config is not None else {})}
 
 
 def _write(
@@ -147,7 +175,7 @@ def _write(
 
     written = []
     if "grid" in kinds:
-        columns = run.num_classes if labels is not None and 1 < (run.num_classes or 0) <= 20 else None
+        columns = run.classes if labels is not None and 1 < (run.classes or 0) <= 20 else None
         written.append(images.save_grid(folder / "grid.png", x0, run.info, columns))
     if "npz" in kinds:
         written.append(images.save_npz(folder / "samples.npz", x0, run.info, labels, settings))
