@@ -1,4 +1,4 @@
-"""What core registers, through the hooks that plugins use: data sets, samplers, adapters, metrics."""
+"""What core registers through the hooks that plugins use: data, a loss, samplers, adapters, metrics."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ from collections.abc import Iterable
 
 from cdm_core.adapter_configs import BayesConfig, CFGConfig
 from cdm_core.data import configs as data
+from cdm_core.denoising_configs import DenoisingConfig
 from cdm_core.hookspecs import hookimpl
-from cdm_core.records import Adapter, Dataset, Metric, Sampler
+from cdm_core.records import Adapter, Dataset, Metric, Objective, Sampler
 from cdm_core.sampler_configs import ChurnConfig, DDIMConfig, DDPMConfig
 
 _DENOISE = ("denoise",)
+
+
+@hookimpl
+def register_objectives() -> Iterable[Objective]:
+    return [
+        Objective(
+            "denoising",
+            "Squared error and likelihood bound of networks on discrete levels (Ho et al. 2020)",
+            "cdm_core.denoising:DenoisingObjective",
+            DenoisingConfig,
+            requires=_DENOISE,
+        )
+    ]
 
 
 @hookimpl

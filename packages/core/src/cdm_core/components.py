@@ -66,17 +66,13 @@ def build_sampler(selection: Selection, registry: Registry) -> Callable[..., Ten
 def adapt(selection: Selection, model: Any, registry: Registry) -> Any:
     """`model` within the adapter that `selection` names, checked to offer what the adapter needs."""
     full, record = registry.find("adapter", selection.name)
-    missing = [capability for capability in record.requires if capability not in offered(model)]
-    require(
-        model,
-        record.requires,
-        user=f"the adapter {full!r}",
-        model_name="the model",
-        hint=registry.hint(missing),
-    )
     config = selection.config
     if config is None and record.config is not None:
         config = record.config()
+    wanted = getattr(config, "requires", record.requires)
+    missing = [capability for capability in wanted if capability not in offered(model)]
+    hint = registry.hint(missing)
+    require(model, wanted, user=f"the adapter {full!r}", model_name="the model", hint=hint)
     return record.load()(config, model)
 
 

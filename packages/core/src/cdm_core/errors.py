@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class MissingPackage(UserError):
+    """An optional package is not installed; the message says which, and how to get it."""

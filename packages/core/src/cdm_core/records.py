@@ -70,7 +70,10 @@ class Sampler(Component):
 
 
 class Adapter(Component):
-    """`target(config, model) -> model`: turns the capabilities it `requires` into those it `provides`."""
+    """`target(config, model) -> model`: turns the capabilities it `requires` into those it `provides`.
+
+    Where its settings decide, their own attribute `requires` says what it takes.
+    """
 
     kind = "adapter"
 

@@ -9,6 +9,7 @@ Image i of a sample depends only on (seed, i): not on the batch size, the number
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -296,6 +297,12 @@ class Run:
         if wrong:
             raise UserError(f"label {wrong[0]} is out of range: the classes are 0 to {classes - 1}")
 
+    def sampled(self, sampling: Sampling) -> Run:
+        """The same run, sampled otherwise."""
+        other = copy.copy(self)
+        other.sampling, other._samples = sampling, {}
+        return other
+
     def source(self, settings: SampleConfig) -> Any:
         """What is sampled from: the model, with classifier-free guidance, clipped, through the adapter.
 
@@ -349,6 +356,15 @@ class Run:
             return self.model.log_density(x, y, level)
 
         return self._batched(score, x0, y, batch_size)
+
+    def features(self, x0: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """What the model's `features(x)` makes of images x0 (N, C, H, W) in model units, (N, D) on the CPU.
+
+        UserError where it has none.
+        """
+        if not callable(getattr(self.model, "features", None)):
+            raise UserError(f"{self.path or self.name}: {self.name} has no `features` of clean images")
+        return self._batched(lambda x, y: self.model.features(x), x0, None, batch_size)
 
     def classify(
         self, x0: Tensor, *, sigma: float = 0.0, seed: int = 0, batch_size: int | None = None

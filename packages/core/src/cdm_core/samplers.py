@@ -38,7 +38,8 @@ class Step(NamedTuple):
     """What a prediction is for: step `number` of `total`, from level `sigma` to level `next` (0 at the last).
 
     Levels are noise std in data units, Python floats. correction: x is at level `next` already, and the
-    prediction is the second one of a step of Heun's.
+    prediction is the second one of a step of Heun's. grid: the levels of the whole walk, the last one 0;
+    step i goes from grid[i], before any churn, to grid[i + 1].
     """
 
     number: int
@@ -46,6 +47,7 @@ class Step(NamedTuple):
     sigma: float
     next: float
     correction: bool = False
+    grid: tuple[float, ...] = ()
 
     @property
     def level(self) -> float:
@@ -105,21 +107,26 @@ def predicted(model: Any, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> 
     return Prediction(model.denoise(x, sigma, y))
 
 
-def _steps(sigmas: Tensor) -> list[Step]:
-    """Every step, the last one to 0; Python floats: coefficients are float64."""
+def steps_over(sigmas: Tensor) -> list[Step]:
+    """The steps of a sampler over the levels sigmas (N,), the last one to 0; UserError on levels of no walk.
+
+    Their levels are Python floats: coefficients are float64.
+    """
     levels = [*sigmas.tolist(), 0.0]
     if len(levels) < 2 or any(not t > s for t, s in pairwise(levels)) or math.isinf(levels[0]):
         raise UserError("sigmas must be finite, positive and descending, at least one of them")
-    return [Step(i, len(levels) - 1, t, s) for i, (t, s) in enumerate(pairwise(levels))]
+    return [Step(i, len(levels) - 1, t, s, grid=tuple(levels)) for i, (t, s) in enumerate(pairwise(levels))]
 
 
-def _predict(denoise: Denoise, x: Tensor, step: Step) -> Prediction:
+def predict_at(denoise: Denoise, x: Tensor, step: Step) -> Prediction:
+    """What `denoise` says of x for a step, told of the step where it wants to be."""
     if isinstance(denoise, Conditional):
         return denoise.predict(x, step)
     return Prediction(denoise(x, x.new_full((len(x),), step.level)))
 
 
-def _begin(denoise: Denoise, x: Tensor, step: Step) -> Tensor:
+def begin_at(denoise: Denoise, x: Tensor, step: Step) -> Tensor:
+    """The state that a step sets out from: x, unless `denoise` moves it."""
     return denoise.begin(x, step) if isinstance(denoise, Conditional) else x
 
 
@@ -137,11 +144,11 @@ def ddim(
 
     Published fresh noise eta sqrt((1-a_s)/(1-a_t)) sqrt(1 - a_t/a_s), over sqrt(a_s), is the `fresh` below.
     """
-    steps = _steps(sigmas)
+    steps = steps_over(sigmas)
     for step in steps:
-        i, total, t, s, _ = step
-        x = _begin(denoise, x, step)
-        x0 = _predict(denoise, x, step).x0
+        i, total, t, s, *_ = step
+        x = begin_at(denoise, x, step)
+        x0 = predict_at(denoise, x, step).x0
         if callback:
             callback(i, total, x, x0)
         fresh = eta * s * math.sqrt(1 - (s / t) ** 2)
@@ -169,11 +176,11 @@ def ddpm(
     """
     if variance not in ("auto", "small", "large", "learned"):
         raise UserError(f"variance must be 'auto', 'small', 'large' or 'learned', not {variance!r}")
-    steps = _steps(sigmas)
+    steps = steps_over(sigmas)
     for step in steps:
-        i, total, t, s, _ = step
-        x = _begin(denoise, x, step)
-        x0, learned = _predict(denoise, x, step)
+        i, total, t, s, *_ = step
+        x = begin_at(denoise, x, step)
+        x0, learned = predict_at(denoise, x, step)
         if callback:
             callback(i, total, x, x0)
         x = x0 + (s / t) ** 2 * (x - x0)
@@ -206,12 +213,12 @@ def dpm_solver(
     The solver that Yadin et al. 2024 sample with: exponential Adams-Bashforth in lambda on m = E[n | x],
     x_s = x - s (e^h - 1) m - s (e^h - h - 1) (m - m_before) / h_before. First step DDIM, last step x0.
     """
-    steps = _steps(sigmas)
+    steps = steps_over(sigmas)
     before, h_before = None, 0.0
     for step in steps:
-        i, total, t, s, _ = step
-        x = _begin(denoise, x, step)
-        x0 = _predict(denoise, x, step).x0
+        i, total, t, s, *_ = step
+        x = begin_at(denoise, x, step)
+        x0 = predict_at(denoise, x, step).x0
         if callback:
             callback(i, total, x, x0)
         if s == 0:
@@ -237,12 +244,12 @@ def dpm_solver_pp(
 
     x_s = (s/t) x + (1 - s/t) (x0 + h / (2 h_before) (x0 - x0_before)). First step DDIM, last step x0.
     """
-    steps = _steps(sigmas)
+    steps = steps_over(sigmas)
     before, h_before = None, 0.0
     for step in steps:
-        i, total, t, s, _ = step
-        x = _begin(denoise, x, step)
-        x0 = _predict(denoise, x, step).x0
+        i, total, t, s, *_ = step
+        x = begin_at(denoise, x, step)
+        x0 = predict_at(denoise, x, step).x0
         if callback:
             callback(i, total, x, x0)
         if s == 0:
@@ -285,12 +292,12 @@ def euler(
 
     Without churn this is DDIM with eta=0: in this currency the two are one formula.
     """
-    steps = _steps(sigmas)
+    steps = steps_over(sigmas)
     for step in steps:
-        x = _begin(denoise, x, step)
+        x = begin_at(denoise, x, step)
         x, step = _churn(x, step, noise, (churn, churn_min, churn_max, churn_noise))
-        i, total, t_hat, s, _ = step
-        x0 = _predict(denoise, x, step).x0
+        i, total, t_hat, s, *_ = step
+        x0 = predict_at(denoise, x, step).x0
         if callback:
             callback(i, total, x, x0)
         x = x0 + s / t_hat * (x - x0)
@@ -314,19 +321,19 @@ def heun(
 
     Two predictions a step, one at the last.
     """
-    steps = _steps(sigmas)
+    steps = steps_over(sigmas)
     for step in steps:
-        x = _begin(denoise, x, step)
+        x = begin_at(denoise, x, step)
         x, step = _churn(x, step, noise, (churn, churn_min, churn_max, churn_noise))
-        i, total, t_hat, s, _ = step
-        x0 = _predict(denoise, x, step).x0
+        i, total, t_hat, s, *_ = step
+        x0 = predict_at(denoise, x, step).x0
         if callback:
             callback(i, total, x, x0)
         x_s = x0 + s / t_hat * (x - x0)
         if s > 0:
             slope, slope_s = (
                 (x - x0) / t_hat,
-                (x_s - _predict(denoise, x_s, step._replace(correction=True)).x0) / s,
+                (x_s - predict_at(denoise, x_s, step._replace(correction=True)).x0) / s,
             )
             x_s = x + (s - t_hat) / 2 * (slope + slope_s)
         x = x_s
