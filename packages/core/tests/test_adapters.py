@@ -122,9 +122,10 @@ def test_guided_samples_move_towards_their_class():
     assert posterior[1] > 0.99
 
 
-def test_a_guided_model_offers_only_its_prediction():
+def test_a_guided_model_offers_no_density():
     guided = ClassifierFreeGuidance(CFGConfig(), Conditional())
-    assert offered(guided) == {"denoise"}
+    assert offered(Conditional()) == {"denoise", "log_density", "class_logits"}
+    assert offered(guided) == {"denoise", "class_logits"}
     assert torch.equal(guided.sigmas, Conditional.sigmas)
     assert guided.num_classes == 3
     with pytest.raises(AttributeError, match="no_such_thing"):
@@ -171,6 +172,7 @@ def test_clipped_predictions_keep_to_the_range_of_the_data():
     assert torch.equal(clipped.denoise(x, sigma, y), x0)
     assert torch.equal(variance, model.predict(x, sigma, y).variance)
     assert Clipped(Conditional()).predict(x, sigma, y).variance is None
+    assert offered(clipped) == offered(model)
 
 
 def test_no_prediction_goes_round_an_adapter():

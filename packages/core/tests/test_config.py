@@ -32,6 +32,7 @@ class NetConfig:
     limit: int | None = 5
     title: str | None = None
     attention: Attention = Attention()
+    wide: Attention = Attention(heads=16)
     blocks: tuple[Attention, ...] = ()
     folder: Path = Path("here")
     flag: bool = False
@@ -132,6 +133,13 @@ def test_sampling_is_the_runs_own_or_a_recipes_with_changes(registry):
     assert (child.adapter, child.sampler.config.eta) == (None, 1.0)
     with pytest.raises(UserError, match="--set train: sampling has the tables sampler, sample, adapter only"):
         resolve_sampling(registry, own, overrides=["train.lr=1"])
+
+
+def test_a_nested_table_leaves_the_rest_of_its_default(registry):
+    config = resolve(registry, overrides=["model.wide.scale=3"])
+    assert config.model.config.wide == Attention(16, 3.0)
+    assert from_toml(to_toml(config), registry) == config
+    assert resolve(registry, overrides=["model.wide.scale=none"]).model.config.wide == Attention(16, None)
 
 
 def test_circular_base_is_an_error():

@@ -79,9 +79,10 @@ def test_the_integral_is_the_trapezoid_rule_over_a_length_of_one() -> None:
 def exact_line(sigma: float, tau: float, look: str) -> tuple[float, float]:
     """(accuracy, ECE) of the exact classifier on the line, by quadrature.
 
-    Of x at level sigma the posterior's logit is 2 x / v, v = s^2 + sigma^2, which is right. What is claimed is
-    tau times that, or tau times 2 z / s^2 of z, the predicted x0 or x / max(1, RMS). All are larger at every x
-    (rms: at high noise), so that no bin has gaps of two signs: ECE is E[claimed - right] whatever the bins.
+    Of x at level sigma the posterior's logit is 2 x / v, v = s^2 + sigma^2, which is right. What is claimed
+    is tau times that, or tau times 2 z / s^2 of z, the predicted x0 or x / max(1, RMS). All are larger at
+    every x (rms: at high noise), so that no bin has gaps of two signs: ECE is E[claimed - right] whatever
+    the bins.
     """
     s2 = 0.25
     v = s2 + sigma**2
@@ -113,7 +114,7 @@ def test_the_exact_classifier_is_calibrated_at_every_level(load: Load) -> None:
 
 @pytest.mark.parametrize(("look", "tau"), [("x_t", 3.0), ("x0", 1.0), ("x0", 3.0)])
 def test_an_overconfident_classifier_has_the_ece_of_the_formula(load: Load, look: str, tau: float) -> None:
-    """tau = 3 at the noisy state; the clean classifier at the predicted x0, which knows nothing of the noise."""
+    """tau = 3 at the noisy state; at the predicted x0 the clean classifier, which knows no noise."""
     (curve,) = curves_of(load, looks=[look], taus=[tau])
     assert curve.name == f"{look}, ReLU, tau {tau:g}"
     for level in curve.levels:
@@ -188,6 +189,6 @@ def test_a_classifier_that_knows_no_noise_or_other_classes_is_refused(
     named = (f"adapter.classifier.name={network_name}", "adapter.classifier.shape=[2,1,1]")
     with pytest.raises(UserError, match="look 'x_t' needs a classifier that knows the noise level"):
         calibrate(load("ring", "adapter.name=guide", *named), looks=["x_t"], softplus=REAL, num=10)
+    other = f"adapter.classifier.name=run:{runs / 'line'}"
     with pytest.raises(UserError, match="the guide has 2, 'gaussian-mixture' 4"):
-        other = f"adapter.classifier.name=run:{runs / 'line'}"
         calibrate(load("ring", "adapter.name=guide", other), softplus=REAL, num=10)

@@ -137,7 +137,7 @@ def test_bad_input_is_explained(load: Load) -> None:
     run, judge = load("ring", *EXACT), load("judge")
     with pytest.raises(UserError, match="--num 4: a judge needs 5 samples or more"):
         compare(run, judge, num=4)
-    with pytest.raises(UserError, match="--conditional .* is an unconditional run"):
+    with pytest.raises(UserError, match=r"--conditional .* is an unconditional run"):
         compare(run, judge, load("ring"), num=8)
     with pytest.raises(UserError, match="a judge needs 5 images or more to compare with, not 3 of 'test'"):
         Judge(judge, "test", 3)

@@ -340,22 +340,22 @@ def test_latents_are_decoded_and_encoded_at_their_scale(kind: str, scale: float,
     net = autoencoder(kind, tmp_path / "vae")
     config = replace(DiTConfig.small(), autoencoder=str(tmp_path / "vae"))
     model = DiT(config, DataInfo("latents", (4, 8, 8), levels=None))
-    assert offered(model) == {"denoise", "decode", "encode"}
+    assert offered(model) == {"denoise", "to_images", "to_latents"}
     assert not any("autoencoder" in name for name in model.state_dict())
     z, images = normal(2, 4, 8, 8), torch.tanh(normal(2, 3, 16, 16))
     with torch.no_grad():
-        torch.testing.assert_close(model.decode(z), net.decode(z / scale).sample)
+        torch.testing.assert_close(model.to_images(z), net.decode(z / scale).sample)
         code = net.encode(images)
         if kind == "AutoencoderTiny":
-            torch.testing.assert_close(model.encode(images), code.latents * scale)
+            torch.testing.assert_close(model.to_latents(images), code.latents * scale)
             with pytest.raises(UserError, match="leave out noise"):
-                model.encode(images, z)
+                model.to_latents(images, z)
         else:
-            torch.testing.assert_close(model.encode(images), code.latent_dist.mean * scale)
+            torch.testing.assert_close(model.to_latents(images), code.latent_dist.mean * scale)
             drawn = (
                 code.latent_dist.mean + code.latent_dist.std * normal(*code.latent_dist.mean.shape)
             ) * scale
-            torch.testing.assert_close(model.encode(images, normal(*code.latent_dist.mean.shape)), drawn)
+            torch.testing.assert_close(model.to_latents(images, normal(*code.latent_dist.mean.shape)), drawn)
 
 
 @needs_diffusers
@@ -427,7 +427,7 @@ def test_a_pipeline_brings_its_autoencoder(tmp_path: Path) -> None:
     assert foreign.info == DataInfo("converted", (4, 8, 8), levels=None, dequantise=False)
     assert "sample.clip=true" in foreign.note
     assert "sampler.variance=large" in foreign.note
-    assert loaded(tmp_path).decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+    assert loaded(tmp_path).to_images(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
 
 
 @needs_diffusers

@@ -182,8 +182,8 @@ def test_autocast_changes_rounding_alone() -> None:
 def test_without_an_autoencoder_it_denoises_and_decodes_nothing() -> None:
     model = build()
     assert offered(model) == {"denoise"}
-    assert not hasattr(model, "decode")
-    assert not hasattr(model, "encode")
+    assert not hasattr(model, "to_images")
+    assert not hasattr(model, "to_latents")
 
 
 def test_an_autoencoder_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:

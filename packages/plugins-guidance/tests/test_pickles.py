@@ -99,8 +99,8 @@ def in_a_global(marker: Path) -> bytes:
 
 def by_its_parts(module: str, name: str) -> Callable[[Path], bytes]:
     def attack(marker: Path) -> bytes:
-        reference = text(module) + text(name) + b"\x93"
-        return PROTOCOL + reference + tuple_of(text(f"open({str(marker)!r}, 'w')")) + b"R."
+        payload = f"touch {marker}" if name.endswith("system") else f"open({str(marker)!r}, 'w')"
+        return PROTOCOL + text(module) + text(name) + b"\x93" + tuple_of(text(payload)) + b"R."
 
     return attack
 
@@ -208,8 +208,8 @@ def test_the_attacks_are_real(marker: Path) -> None:
         if marker.exists():
             ran.add(name)
             marker.unlink()
-    inert = {"attribute of an allowed one", "module of an allowed one", "empty name", "control characters"}
-    assert HOSTILE.keys() - ran <= inert | {"dotted name", "dotted allowed name", "copyreg"}
+    odd = {"attribute of an allowed one", "module of an allowed one", "empty name", "control characters"}
+    assert HOSTILE.keys() - ran == odd | {"dotted allowed name", "copyreg", "new object"}
 
 
 def test_nothing_is_imported(

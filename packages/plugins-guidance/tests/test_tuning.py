@@ -208,7 +208,7 @@ def test_no_candidate_with_the_rate_is_said(load: Load, tmp_path: Path) -> None:
 def test_a_softplus_that_cannot_be_had_is_left_out_unless_asked_for(
     load: Load, runs: Path, tmp_path: Path
 ) -> None:
-    """A run's classifier is used as it is; the betas that are tried by default fall away, and it is said why."""
+    """A run's classifier is used as it is: betas that are tried by default fall away, with the reason."""
     run = load("ring", *EXACT, f"adapter.classifier.name=run:{runs / 'known'}")
     search = Search(tau2=(1.0,), scale=(1.0,), num=20, levels=2, predicted=50)
     found = tune(run, load("judge"), search, tmp_path / "a.json")
@@ -223,7 +223,7 @@ def test_softplus_is_searched_where_there_are_relus(load: Load, network_name: st
     search = Search(softplus=(INF, 0.5), tau2=(0.5,), scale=(1.0,), num=40, levels=3, keep=2)
     found = tune(run, load("judge"), search, tmp_path / "tune.json")
     tried = {candidate.softplus: row for candidate, row in found.candidates}
-    assert list(tried)[0] == 3.0  # the run's own
+    assert next(iter(tried)) == 3.0  # the run's own
     assert set(tried) == {3.0, 0.5, INF}
     assert len({row.frechet for row in tried.values()}) == 3
 

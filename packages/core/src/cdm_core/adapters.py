@@ -35,14 +35,13 @@ class ClassifierFreeGuidance(Wrapper):
 
     A model with an attribute `null_label: int` (the label that means "no class") gets one doubled batch, any
     other two calls. One with an attribute `cfg_channels: int` is guided in that many channels; the others
-    stay conditional (Peebles & Xie 2023), as does a learned variance. Only `denoise` is offered: the guided
-    process has no density that the model would know.
+    stay conditional (Peebles & Xie 2023), as does a learned variance. Densities are not offered: the model
+    knows none of the guided process.
     """
-
-    capabilities = frozenset({"denoise"})
 
     def __init__(self, config: CFGConfig, model: Any) -> None:
         super().__init__(model)
+        self.capabilities = offered(model) & {"denoise", "class_logits", "to_images"}
         self.weight = config.weight
 
     def denoise(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
@@ -72,7 +71,9 @@ class ClassifierFreeGuidance(Wrapper):
 class Clipped(Wrapper):
     """Predictions clamped to [-1, 1], where the data lie and with them E[x0 | x] (`clip_denoised`)."""
 
-    capabilities = frozenset({"denoise"})
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.capabilities = offered(model)
 
     def denoise(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
         """The model's E[x0 | x, sigma, y], clamped."""

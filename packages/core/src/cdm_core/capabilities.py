@@ -55,6 +55,15 @@ class ClassLogits(Protocol):
 
 
 @runtime_checkable
+class Decoder(Protocol):
+    """Capability `to_images`, of a model that denoises an autoencoder's latents."""
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Images (B, C, H, W), about [-1, 1], of latents as it denoises them; differentiable."""
+        ...
+
+
+@runtime_checkable
 class LogDensity(Protocol):
     """Capability `log_density`."""
 
@@ -72,7 +81,7 @@ class NoiseLevelLogits(Protocol):
         ...
 
 
-METHODS = ("denoise", "class_logits", "log_density", "noise_level_logits")
+METHODS = ("denoise", "class_logits", "log_density", "noise_level_logits", "to_images")
 
 
 def offered(model: object) -> frozenset[str]:

@@ -368,7 +368,10 @@ def fill(cls: type, values: Any, path: str, merged: Merged) -> Any:
             known = [f"{path}.{field}" for field in fields]
             key = f"{path}.{name}"
             raise UserError(f"unknown key {key!r} in {merged.where(key)}{did_you_mean(key, known)}")
-    filled = {name: _convert(hints[name], value, f"{path}.{name}", merged) for name, value in values.items()}
+    filled = {
+        name: _convert(hints[name], _over_default(fields[name], value), f"{path}.{name}", merged)
+        for name, value in values.items()
+    }
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in filled:
@@ -383,6 +386,25 @@ def fill(cls: type, values: Any, path: str, merged: Merged) -> Any:
         place = f" (set in {merged.where(f'{path}.{name}')})" if name in values else ""
         raise UserError(text + place) from error
     return made
+
+
+def _over_default(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A nested table laid over the field's own default: what it does not say stays as the default has it."""
+    default = field.default
+    if not isinstance(field.default_factory, type(dataclasses.MISSING)):
+        default = field.default_factory()
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return _laid(plain(default), value)
+    return value
+
+
+def _laid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {
+        name: _laid(base[name], value)
+        for name, value in over.items()
+        if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+    }
+    return {**base, **over, **nested}
 
 
 def _check(settings: Any) -> None:

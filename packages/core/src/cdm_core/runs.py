@@ -227,6 +227,18 @@ class Run:
             parts.append(plan.walk(model, batch, draws, self.info.shape, report).float().cpu())
         return torch.cat(parts)
 
+    def decoded(self, x0: Tensor) -> tuple[Tensor, DataInfo]:
+        """Samples x0 (N, C, H, W) as images to look at, with their description.
+
+        Latents go through the model's `to_images`, in batches; others are images already.
+        """
+        decode = getattr(self.model, "to_images", None)
+        if decode is None:
+            return x0, self.info
+        images = self._batched(lambda x, y: decode(x).clamp(-1, 1), x0, None, None)
+        _, channels, height, width = images.shape
+        return images, replace(self.info, shape=(channels, height, width), levels=256, dequantise=False)
+
     def plan(
         self,
         *,
@@ -300,7 +312,7 @@ class Run:
     def sampled(self, sampling: Sampling) -> Run:
         """The same run, sampled otherwise."""
         other = copy.copy(self)
-        other.sampling, other._samples = sampling, {}
+        other.sampling, other._samples, other._sources = sampling, {}, {}
         return other
 
     def source(self, settings: SampleConfig) -> Any:

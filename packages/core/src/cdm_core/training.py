@@ -599,8 +599,8 @@ class Trainer:
                 path=self.folder.path,
                 step=done,
             )
-            x0 = run.sample(SAMPLES, seed=self.config.seed)
-            save_grid(self.folder.samples_path / f"step-{done:08d}.png", x0, self.data.info)
+            images, info = run.decoded(run.sample(SAMPLES, seed=self.config.seed))
+            save_grid(self.folder.samples_path / f"step-{done:08d}.png", images, info)
         self.accelerator.wait_for_everyone()
 
 

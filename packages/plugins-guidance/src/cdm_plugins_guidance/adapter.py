@@ -31,7 +31,7 @@ def make_guide(config: OneGuide, model: Any) -> Guide:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if config.classifier.name:
         classifier = load_classifier(config.classifier, device)
-        return Guide(classifier, config.guide, decode=getattr(model, "decode", None))
+        return Guide(classifier, config.guide, decode=getattr(model, "to_images", None))
     if "class_logits" not in offered(model):
         raise UserError(
             "guidance needs a classifier, and this model has no `class_logits` of its own: name one, e.g. "

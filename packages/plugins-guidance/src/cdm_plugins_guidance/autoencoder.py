@@ -66,7 +66,7 @@ class Autoencoder:
 
 
 class Latents(nn.Module):
-    """Capabilities `decode` and `encode`, for a model that has been given an autoencoder."""
+    """Capabilities `to_images` and `to_latents`, for a model that has been given an autoencoder."""
 
     autoencoder: Autoencoder | None
 
@@ -77,15 +77,15 @@ class Latents(nn.Module):
     @property
     def capabilities(self) -> frozenset[str]:
         """What the model can do: see `cdm_core.capabilities.offered`."""
-        return frozenset({"denoise"} if self.autoencoder is None else {"denoise", "decode", "encode"})
+        return frozenset({"denoise"} if self.autoencoder is None else {"denoise", "to_images", "to_latents"})
 
     @property
-    def decode(self) -> Callable[[Tensor], Tensor]:
+    def to_images(self) -> Callable[[Tensor], Tensor]:
         """`Autoencoder.decode`; a model without one has no such attribute."""
         return self._coder().decode
 
     @property
-    def encode(self) -> Callable[..., Tensor]:
+    def to_latents(self) -> Callable[..., Tensor]:
         """`Autoencoder.encode`; a model without one has no such attribute."""
         return self._coder().encode
 

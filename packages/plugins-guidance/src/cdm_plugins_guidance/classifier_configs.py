@@ -33,7 +33,7 @@ class ResNetConfig:
 class ClassificationConfig:
     """Cross-entropy on clean images, or on noisy ones."""
 
-    # Images are noised to one of the classifier's own noise levels: what makes a classifier know them (ADM-G).
+    # Images are noised to one of the classifier's own levels: what makes a classifier know them (ADM-G).
     noisy: bool = False
     shift: int = 1  # images are moved by up to so many pixels in training, their edge repeated
     flip: bool = False  # and mirrored, one in two

@@ -24,7 +24,6 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from cdm_core.capabilities import offered
 from cdm_core.errors import MissingPackage, UserError
 from cdm_core.formats import read_tensors
 from cdm_core.manager import did_you_mean

@@ -77,7 +77,7 @@ class Judge:
             posterior = self.run.classify(x0).softmax(1)
             rate = float((posterior.argmax(1) == y).double().mean())
             confidence = float(posterior.gather(1, y[:, None]).double().mean())
-        distance = frechet(self.moments, Moments.of(features))
+        distance = max(frechet(self.moments, Moments.of(features)), 0.0)  # rounding may go below
         return Row(name, rate, confidence, distance, *precision_recall(self.reference, features), seconds)
 
 

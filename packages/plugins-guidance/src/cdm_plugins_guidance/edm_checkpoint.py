@@ -83,6 +83,8 @@ def official_settings(network: str, arguments: Mapping[str, Any], where: str) ->
 
 def _is_pickle(path: Path) -> bool:
     """Whether the file is a pickle, by its first bytes, or claims to be one, by its name."""
+    if path.is_dir():
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(16)
@@ -140,8 +142,11 @@ def _check_fit(config: EDMConfig, info: DataInfo, state: Mapping[str, Tensor], w
         raise UserError(f"{where} was made for images of {info.shape}")
     if config.num_blocks * len(config.channel_mult) > len(state):
         raise UserError(f"{where} has fewer weights than the blocks of the network that it describes")
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in EDM(config, info).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in EDM(config, info).state_dict().items()}
+    except (RuntimeError, OverflowError) as error:
+        raise UserError(f"{where} describes a network of no possible size: {config}") from error
     for name, shape in expected.items():
         found = tuple(state[name].shape) if name in state else None
         if found != shape:

@@ -103,3 +103,20 @@ class EDMConfig:
             attn_resolutions=(4,),
             dropout=0.0,
         )
+
+
+@dataclass(frozen=True)
+class EDMObjectiveConfig:
+    """Which noise levels are trained, and how much each counts."""
+
+    P_mean: float = -1.2  # of log sigma
+    P_std: float = 1.2
+    sigma_data: float = 0.5  # standard deviation of the data
+    label_dropout: float = 0.1  # share trained without their label, where the network has a label for "none"
+
+    def check(self) -> None:
+        """Raise `ValueError` on a value out of range."""
+        if not (self.P_std > 0 and self.sigma_data > 0 and math.isfinite(self.P_mean)):
+            raise ValueError("P_std and sigma_data must be above 0, P_mean finite")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), not {self.label_dropout}")

@@ -245,8 +245,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """F (B, outputs, H, W) of x (B, C, H, W); the other arguments are those of `embed`."""
         embedding = self.embed(noise, labels, augment)
-        # Channels last: convolutions are faster so, and the norms read either layout.
-        h, skips = self._go_down(x.contiguous(memory_format=torch.channels_last), embedding)
+        h, skips = self._go_down(x, embedding)
         return self._go_up(h, skips, embedding)
 
     def _block(
@@ -306,7 +305,9 @@ class UNet(nn.Module):
         h, image, skips = x, x, []
         for level in range(len(self.heights)):
             if level == 0:
-                h = self.enc[self._name(level, "conv")](h)
+                # Channels last: convolutions are faster so, and the norms read either layout. An image of
+                # one channel would be in both layouts at once, and a convolution keeps to the other one.
+                h = self.enc[self._name(level, "conv")](h).contiguous(memory_format=torch.channels_last)
             else:
                 h = self.enc[self._name(level, "down")](h, embedding)
                 h, image = self._join_side_way(level, h, image)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cdm_core import hookimpl
-from cdm_core.records import Adapter, CheckpointFormat, Model, Objective, Recipe, Sampler
+from cdm_core.records import Adapter, CheckpointFormat, Command, Model, Objective, Recipe, Sampler
 from cdm_plugins_guidance.adapter_configs import ADAPTERS, CONFIGS
 from cdm_plugins_guidance.adm_configs import ClassifierConfig, UNetConfig
 from cdm_plugins_guidance.apply_configs import RecurrentConfig
 from cdm_plugins_guidance.classifier_configs import ClassificationConfig, ResNetConfig
 from cdm_plugins_guidance.diffusers_configs import Transformer2DConfig, UNet2DConfig
 from cdm_plugins_guidance.dit_configs import DiTConfig
-from cdm_plugins_guidance.edm_configs import EDMConfig
+from cdm_plugins_guidance.edm_configs import EDMConfig, EDMObjectiveConfig
 from cdm_plugins_guidance.pair_configs import PairConfig, PairObjectiveConfig
 from cdm_plugins_guidance.recipes import RECIPES
 
@@ -64,6 +64,13 @@ def register_objectives() -> Iterable[Objective]:
             requires=_DENOISE + _CLASSIFY,
         ),
         Objective(
+            "edm",
+            "Weighted denoising at any noise level (Karras et al. 2022)",
+            f"{_HERE}.edm_objective:EDMObjective",
+            EDMObjectiveConfig,
+            requires=_DENOISE,
+        ),
+        Objective(
             "classification",
             "Cross-entropy of clean images",
             f"{_HERE}.classifier:Classification",
@@ -95,6 +102,23 @@ def register_checkpoint_formats() -> Iterable[CheckpointFormat]:
         CheckpointFormat("adm", "Weights of openai/guided-diffusion", f"{_HERE}.adm_checkpoint:read_adm"),
         CheckpointFormat("edm", "Pickles of NVlabs/edm, not unpickled", f"{_HERE}.edm_checkpoint:read_edm"),
         CheckpointFormat("dit", "Weights of facebookresearch/DiT", f"{_HERE}.dit_checkpoint:read_dit"),
+        CheckpointFormat("pipeline", "Folders of diffusers", f"{_HERE}.diffusers_models:read_folder"),
+    ]
+
+
+@hookimpl
+def register_commands() -> Iterable[Command]:
+    commands = f"{_HERE}.commands"
+    return [
+        Command(
+            "calibrate", "How far the guide's classifier can be trusted, by level", f"{commands}:calibrate"
+        ),
+        Command("tune", "Search for the guide's settings", f"{commands}:tune"),
+        Command("ablate", "What each part of the guide is worth", f"{commands}:ablate"),
+        Command("compare", "Guided, unguided and class-conditional, judged", f"{commands}:compare"),
+        Command(
+            "to-diffusers", "Write weights as a folder of diffusers", f"{_HERE}.diffusers_export:command"
+        ),
     ]
 
 

@@ -173,12 +173,13 @@ def _write(
 ) -> list[Path]:
     from cdm_core import images
 
+    x0, info = run.decoded(x0)
     written = []
     if "grid" in kinds:
         columns = run.classes if labels is not None and 1 < (run.classes or 0) <= 20 else None
-        written.append(images.save_grid(folder / "grid.png", x0, run.info, columns))
+        written.append(images.save_grid(folder / "grid.png", x0, info, columns))
     if "npz" in kinds:
-        written.append(images.save_npz(folder / "samples.npz", x0, run.info, labels, settings))
+        written.append(images.save_npz(folder / "samples.npz", x0, info, labels, settings))
     if "png" in kinds:
-        written += images.save_singles(folder / "images", x0, run.info)
+        written += images.save_singles(folder / "images", x0, info)
     return written

@@ -1,0 +1,98 @@
+"""Plugins together: a denoiser of one steered by a classifier of another, through the one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cdm_core import load_run
+from cdm_core.cli import cli
+
+CDM = ["channels=16", "ch_mult=[1,2]", "num_res_blocks=1", "attn_resolutions=[4]", "norm_groups=4"]
+CDM += ["decoder=false", "noise_steps=50"]
+SMALL = ["train.steps=60", "train.batch_size=32", "train.validate_every=0"]
+
+
+def run(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def sets(*texts: str) -> list[str]:
+    return [word for text in texts for word in ("--set", text)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Barely trained: an unconditional CDM, a class-conditional one, and a classifier of clean images."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = [f"model.{text}" for text in CDM]
+    run("--plugin", "cdm", "train", "--out", folder / "cdm", *sets(*model, *SMALL))
+    conditional = sets(*model, *SMALL, "model.conditional=true")
+    run("--plugin", "cdm", "train", "--out", folder / "conditional", *conditional)
+    judge = ["--plugin", "guidance", "train", "--recipe", "digits-judge"]
+    run(*judge, "--out", folder / "classifier", *sets("model.widths=[16,32]", *SMALL))
+    return folder
+
+
+def sampled(path: Path, out: Path, *words: object) -> tuple[torch.Tensor, Any]:
+    """The samples in model units, and what was said of them."""
+    found = json.loads(run("sample", path, "--num", 20, "--steps", 15, "--out", out, "--json", *words))
+    with np.load(out / "samples.npz") as kept:
+        pixels = torch.from_numpy(kept["samples"]).permute(0, 3, 1, 2)
+    return pixels.float() / 127.5 - 1, found
+
+
+def of_class(classifier: Path, x0: torch.Tensor, label: int) -> float:
+    """Mean log-probability of a class."""
+    return float(load_run(classifier, device="cpu").classify(x0).log_softmax(1)[:, label].mean())
+
+
+def test_a_classifier_steers_an_unconditional_cdm(runs: Path, tmp_path: Path) -> None:
+    plain, _ = sampled(runs / "cdm", tmp_path / "plain")
+    guide = ["--adapter", "guide", *sets(f"adapter.classifier.name=run:{runs / 'classifier'}")]
+    guided, found = sampled(
+        runs / "cdm", tmp_path / "guided", "--label", 7, *guide, *sets("adapter.scale=60")
+    )
+    assert found["adapter"]["name"] == "guidance/guide"
+    assert of_class(runs / "classifier", guided, 7) > of_class(runs / "classifier", plain, 7) + 0.1
+
+
+def test_a_cdms_own_posterior_steers(runs: Path, tmp_path: Path) -> None:
+    """Bayes' rule on class-conditional densities knows the noise level: it may look at x_t itself."""
+    guide = ["--adapter", "adm-ddim", *sets(f"adapter.classifier.name=run:{runs / 'conditional'}")]
+    plain, _ = sampled(runs / "cdm", tmp_path / "plain")
+    guided, _ = sampled(runs / "cdm", tmp_path / "guided", "--label", 7, *guide, *sets("adapter.scale=20"))
+    assert of_class(runs / "conditional", guided, 7) > of_class(runs / "conditional", plain, 7)
+
+
+def test_torchvisions_classifier_steers(runs: Path, tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    torch.save(models.resnet18(num_classes=10).state_dict(), tmp_path / "resnet18.pth")
+    weights = f"adapter.classifier.weights={tmp_path / 'resnet18.pth'}"
+    guide = ["--adapter", "elucd", *sets("adapter.classifier.name=torchvision:resnet18", weights)]
+    guided, _ = sampled(runs / "cdm", tmp_path / "guided", "--sampler", "ddpm", "--label", 7, *guide)
+    plain, _ = sampled(runs / "cdm", tmp_path / "plain", "--sampler", "ddpm")
+    assert not torch.equal(guided, plain)
+
+
+def test_a_chain_that_does_not_fit_is_explained_before_any_work(runs: Path, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    said = run("sample", runs / "cdm", "--adapter", "elucd", *out, code=2)
+    assert said.count("\n") == 1
+    assert "the adapter 'guidance/elucd' needs `class_logits`, which the model does not provide" in said
+    assert "guidance/pair" in said
+    said = run("sample", runs / "classifier", *out, code=2)
+    assert "sampling needs `denoise`, which the model 'guidance/classifier' does not provide" in said
+    look = ["--adapter", "adm", *sets(f"adapter.classifier.name=run:{runs / 'classifier'}")]
+    said = run("sample", runs / "cdm", *look, *out, code=2)
+    assert "look 'x_t' needs a classifier that knows the noise level" in said
+    assert not (tmp_path / "out").exists()
