@@ -390,9 +390,8 @@ def fill(cls: type, values: Any, path: str, merged: Merged) -> Any:
 
 def _over_default(field: dataclasses.Field[Any], value: Any) -> Any:
     """A nested table laid over the field's own default: what it does not say stays as the default has it."""
-    default = field.default
-    if not isinstance(field.default_factory, type(dataclasses.MISSING)):
-        default = field.default_factory()
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
     if isinstance(value, Mapping) and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return _laid(plain(default), value)
     return value

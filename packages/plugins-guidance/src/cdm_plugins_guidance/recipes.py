@@ -77,7 +77,7 @@ _MNIST_COND: dict[str, Any] = {
 
 
 # -- published settings --------------------------------------------------------------------------------------
-# Of the released denoisers: to sample their converted weights with (`sample FILE --recipe NAME`), and to train
+# Of the released denoisers: to sample their converted weights (`sample FILE --recipe NAME`), and to train
 # their like; `--set data.root=...` names a folder of images, a subfolder a class.
 
 
