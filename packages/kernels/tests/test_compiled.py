@@ -30,6 +30,7 @@ class Case(NamedTuple):
 
 CASES = {
     "adm_embedding": Case(lambda t: cdm_kernels.adm_embedding(t, 6), [(3,)]),
+    "attention": Case(cdm_kernels.attention, [(2, 6, 3, 2)]),
     "concatenate": Case(cdm_kernels.concatenate, [(2, 3, 4, 2), (2, 1, 4, 2)]),
     "conv2d": Case(lambda *a: cdm_kernels.conv2d(*a, TWO, ONE), [(2, 4, 5, 4), (6, 4, 3, 3), (6,)]),
     "cumulative_logits": Case(cdm_kernels.cumulative_logits, [(3, 5)]),

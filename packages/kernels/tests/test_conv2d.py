@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cdm_kernels import conv2d, cpp, first_order, use
 from cdm_kernels.conv2d import reference
+from cdm_kernels.cpp.conv2d import pixel_product
 from cdm_kernels.testing import assert_orders_close, orders
 
 module = sys.modules["cdm_kernels.conv2d"]  # the package's attribute of that name is the function
@@ -17,6 +18,8 @@ CASES = {
     "no bias": ((2, 4, 5, 6), (6, 4, 3, 3), False, {"padding": (1, 1)}),
     "no padding": ((2, 3, 7, 5), (5, 3, 3, 3), True, {}),
     "1x1": ((2, 4, 5, 6), (6, 4, 1, 1), True, {}),
+    "1x1 by pixels": ((3, 32, 7, 9), (19, 32, 1, 1), True, {}),  # of more than a block of pixels
+    "1x1 by pixels, no bias": ((2, 16, 1, 1), (5, 16, 1, 1), False, {}),
     "stride": ((2, 4, 7, 6), (6, 4, 3, 3), True, {"stride": (2, 2), "padding": (1, 1)}),
     "dilation": ((2, 4, 7, 6), (6, 4, 3, 3), True, {"padding": (2, 2), "dilation": (2, 2)}),
     "groups": ((2, 6, 5, 6), (4, 3, 3, 3), True, {"padding": (1, 1), "groups": 2}),
@@ -155,7 +158,7 @@ def test_gradients_under_checkpointing(reentrant):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["3x3", "no bias", "stride", "groups"])
+@pytest.mark.parametrize("name", ["3x3", "no bias", "stride", "groups", "1x1 by pixels"])
 def test_operators_are_fit_for_the_compiler(name):
     x, weight, *bias = inputs(name, torch.float32)
     geometry = module.Geometry((1, 1), (0, 0), (1, 1), 1)._replace(**CASES[name][3])
@@ -168,6 +171,51 @@ def test_operators_are_fit_for_the_compiler(name):
         torch.library.opcheck(module._conv2d, (x, weight, bias[0] if bias else None, *geometry))
         torch.library.opcheck(module._input_gradient, (dy, x, weight, *geometry))
         torch.library.opcheck(module._weight_gradient, (dy, x, weight, *geometry))
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("pixels", "outputs", "inputs"), [(1, 1, 16), (130, 9, 48), (700, 33, 16)])
+def test_pixel_product(pixels, outputs, inputs, with_bias, level):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (
+        torch.randn(1, channels, pixels, 1, generator=generator).to(memory_format=torch.channels_last)
+        for channels in (inputs, outputs)
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(pixel_product(dy, x, with_bias))
+    finally:
+        torch.set_num_threads(before)
+    expected = (dy[0, :, :, 0].double() @ x[0, :, :, 0].double().T)[:, :, None, None]
+    for dweight, dbias in found:
+        assert (dweight - expected).abs().max() < 1e-6 * expected.abs().max()
+        if with_bias:
+            torch.testing.assert_close(dbias, dy.double().sum((0, 2, 3)).float())
+        else:
+            assert dbias is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "kernel", "geometry"),
+    [
+        (torch.float64, torch.channels_last, (8, 32, 1, 1), {}),
+        (torch.float32, torch.contiguous_format, (8, 32, 1, 1), {}),
+        (torch.float32, torch.channels_last, (8, 32, 1, 1), {"stride": (2, 2)}),
+        (torch.float32, torch.channels_last, (8, 32, 1, 1), {"padding": (1, 1)}),
+        (torch.float32, torch.channels_last, (8, 16, 1, 1), {"groups": 2}),
+        (torch.float32, torch.channels_last, (8, 32, 1, 2), {}),
+    ],
+)
+def test_other_convolutions_take_torchs_gradient(dtype, layout, kernel, geometry, monkeypatch):
+    monkeypatch.setattr(module, "kernels", None)  # whoever asks for one fails
+    x = torch.randn(2, 32, 4, 4, dtype=dtype).to(memory_format=layout)
+    weight = torch.randn(kernel, dtype=dtype, requires_grad=True)
+    conv2d(x, weight, **geometry).sum().backward()
+    expected = torch.autograd.grad(reference(x, weight, **geometry).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
 
 
 def test_without_a_library_torchs_convolution_serves(monkeypatch):

@@ -147,6 +147,23 @@ def test_derivatives_of_the_cpp_kernel_in_both_arguments(level):
             assert gradgradcheck(operator(sinusoidal_embedding, case), inputs(case[0], torch.float64))
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_derivatives_in_time_alone(case, dtype, level):
+    """Frequencies that are no parameter: the first derivative is a kernel of its own."""
+    t, frequencies = inputs(case[0], dtype)
+    frequencies = frequencies.detach()
+    with use("cpp"):
+        found = orders(lambda t: operator(sinusoidal_embedding, case)(t, frequencies), [t])
+    exact = orders(
+        lambda t: operator(reference, case)(t, frequencies.double()), [t.detach().double().requires_grad_()]
+    )
+    assert_orders_close(found, exact, dtype)
+    if dtype == torch.float64:
+        assert gradgradcheck(lambda t: operator(sinusoidal_embedding, case)(t, frequencies), [t])
+
+
 @pytest.mark.parametrize("largest", [1.0, 1e3, 1e5, 1e8, 1e12])
 def test_cpp_sines_are_right_for_every_phase(largest, level):
     # Half a unit in the last place below 1 is 3e-8.
@@ -285,9 +302,11 @@ def through_operators(t, frequencies, *rest):
     return timestep_embedding._embedding(t, frequencies, *rest)
 
 
+@pytest.mark.parametrize("learnt", [True, False])
 @pytest.mark.parametrize("function", [sinusoidal_embedding, through_operators])
-def test_third_derivatives_are_right(function):
+def test_third_derivatives_are_right(function, learnt):
     t, frequencies = inputs(4, torch.float64)
+    frequencies = frequencies.detach().requires_grad_(learnt)
     value = function(t, frequencies, True, 8, 1.0)[:, :4].sum()
     for _ in range(3):
         (value,) = torch.autograd.grad(value.sum(), t, create_graph=True)

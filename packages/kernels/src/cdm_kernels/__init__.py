@@ -1,5 +1,6 @@
 """Operators of the denoiser path, right in first and second order."""
 
+from cdm_kernels.attention import attention
 from cdm_kernels.concatenate import concatenate
 from cdm_kernels.conv2d import conv2d
 from cdm_kernels.dispatch import first_order, use
@@ -24,6 +25,7 @@ from cdm_kernels.upsample_conv3x3 import upsample_conv3x3
 __version__ = "0.1.0"
 __all__ = [
     "adm_embedding",
+    "attention",
     "concatenate",
     "conv2d",
     "cumulative_logits",

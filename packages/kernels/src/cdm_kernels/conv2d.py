@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cdm_kernels.dispatch import define_composite, has_kernel, leaf_free, wanted
+from cdm_kernels.cpp.conv2d import LANES
+from cdm_kernels.dispatch import define_composite, has_kernel, kernels, leaf_free, traced, wanted
 
 
 class Geometry(NamedTuple):
@@ -91,8 +92,24 @@ def _to_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
     return _gradients(dy, x, weight, geometry, [False, True, False])[1]
 
 
-def _gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: list[bool]) -> tuple[Tensor, ...]:
+def _by_pixels(dy: Tensor, x: Tensor, weight: Tensor, geometry: Any) -> bool:
+    """Whether there is a kernel for the weight's gradient: oneDNN's is slow where the weight is 1x1."""
+    stride, padding, _, groups = geometry
+    if weight.shape[2:] != (1, 1) or groups != 1 or (*stride, *padding) != (1, 1, 0, 0):
+        return False
+    fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[1] % LANES == 0 and x.numel() > 0
+    if not fits or traced(dy, x, weight) or not has_kernel(x, triton=False):
+        return False
+    return all(part.is_contiguous(memory_format=torch.channels_last) for part in (dy, x))
+
+
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: list[bool]) -> tuple[Any, ...]:
     stride, padding, dilation, groups = geometry
+    if mask[1] and _by_pixels(dy, x, weight, geometry):
+        dx = None
+        if mask[0]:
+            dx = _gradients(dy, x, weight, geometry, [True, False, False])[0]
+        return dx, *kernels(x, "conv2d").pixel_product(dy, x, mask[2])
     return torch.ops.aten.convolution_backward(
         dy, x, weight, [dy.shape[1]], stride, padding, dilation, False, [0, 0], groups, mask
     )

@@ -33,17 +33,19 @@ def traced(*tensors: Tensor | None) -> bool:
     return any(t is not None and type(t) not in _PLAIN for t in tensors)
 
 
-def has_kernel(x: Tensor, composite: bool = False) -> bool:
+def has_kernel(x: Tensor, composite: bool = False, triton: bool = True) -> bool:
     """Whether there are kernels for tensors like x.
 
     Transforms of `torch.func` and duals of forward mode take the reference. composite: the operator is made
-    of torch's own for the sake of its second derivative alone, so under `first_order` too.
+    of torch's own for the sake of its second derivative alone, so under `first_order` too. triton: whether
+    Triton has kernels of the operator.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if composite and in_first_order():
         return False
-    return _backend(x.device.type, x.dtype) is not None
+    backend = _backend(x.device.type, x.dtype)
+    return backend is not None and (triton or backend != "triton")
 
 
 def _backend(device: str, dtype: torch.dtype) -> str | None:
@@ -134,8 +136,9 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any],
     save: Callable[..., None] | None = None,
+    devices: tuple[str, ...] = ("CPU", "CUDA"),
 ) -> Callable[..., Any]:
-    """Make `torch.ops.cdm_kernels.NAME`: `function` of `kernels(x, operator)` on CPU and CUDA, and its fake.
+    """Make `torch.ops.cdm_kernels.NAME`: `function` of `kernels(x, operator)` on `devices`, and its fake.
 
     schema: `NAME(Tensor x, ...) -> ...`, its first tensor deciding the device. backward(ctx, *gradients) and
     save(ctx, inputs, output) as `torch.library.register_autograd` takes them. Where the derivatives end,
@@ -143,7 +146,7 @@ def define(
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
+    for key in devices:
         _LIBRARY.impl(name, _late(key.lower(), operator, function), key)
     torch.library.register_fake(f"cdm_kernels::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"cdm_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)

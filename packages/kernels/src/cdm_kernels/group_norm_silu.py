@@ -40,6 +40,9 @@ def group_norm_silu(
     float32 (float64 stays) under any autocast, result in x's dtype and layout. Right in first and second
     order; a third derivative raises.
     """
+    if in_first_order() and _small(x) and scale is None and shift is None and weight.dtype == x.dtype:
+        h = torch.group_norm(x, groups, weight, bias, eps)  # `reference`, in no time: it takes some 20 us
+        return F.silu(h) if activation else h
     if not has_kernel(x) or not x.numel() or (in_first_order() and _small(x)):
         return reference(x, groups, weight, bias, eps, scale, shift, activation)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -154,7 +154,45 @@ class _Embedding(torch.autograd.Function):
         _save(ctx, inputs, y)
         return y
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if ctx.needs_input_grad[1] or not has_kernel(dy, triton=False):
+            return _differentiate(ctx, dy)
+        _, frequencies, y = ctx.saved_tensors
+        arguments = dy, y, frequencies, ctx.sin_first, ctx.factor
+        slope = _Slope.apply if torch.is_grad_enabled() else kernels(dy, "timestep_embedding").slope
+        return slope(*arguments), None, None, None, None
+
+
+class _Slope(torch.autograd.Function):
+    """The cotangent of t in one pass; y is the output itself, so further derivatives come this way again."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        dy, y, frequencies, ctx.sin_first, ctx.factor = inputs
+        ctx.save_for_backward(dy, y, frequencies)
+        return kernels(dy, "timestep_embedding").slope(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        dy, y, frequencies = ctx.saved_tensors
+        # With w = v factor frequencies: of p and q, w c and -w s; of s and c, -w q and w p.
+        w = v[:, None] * (frequencies if ctx.factor == 1 else ctx.factor * frequencies)
+        return (
+            _turned(w, y, ctx.sin_first) if ctx.needs_input_grad[0] else None,
+            _turned(-w, dy, ctx.sin_first) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _turned(w: Tensor, pair: Tensor, sin_first: bool) -> Tensor:
+    """w (B, half) times (c, -s) of a pair (s, c) (B, dim), in the pair's order, zeros after it."""
+    first, second = pair[:, : w.shape[1]], pair[:, w.shape[1] : 2 * w.shape[1]]
+    turned = [w * second, -w * first] if sin_first else [-w * second, w * first]
+    rest = pair.shape[1] - 2 * w.shape[1]
+    return F.pad(torch.cat(turned, 1), (0, rest)) if rest else torch.cat(turned, 1)
 
 
 # -- where a compiler looks on -------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ class, where there is one, enters every block where the time entered DDPM's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
-from cdm_kernels import concatenate, conv2d, group_norm_silu, mean_conv3x3, upsample_conv3x3
+from cdm_kernels import attention, concatenate, conv2d, group_norm_silu, mean_conv3x3, upsample_conv3x3
 from cdm_plugins_cdm.configs import UNetConfig
 from cdm_plugins_cdm.model import NoiseLevelClassifier, count_classes, make_path
 
@@ -67,10 +66,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of one head over the pixels.
-
-    Matrix products and a softmax: fused attention has no second derivative, which the denoising loss needs.
-    """
+    """Self-attention of one head over the pixels, its three projections in one."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -79,10 +75,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        h = self.norm(x)
-        q, k, v = (project(h).flatten(2).mT for project in (self.q, self.k, self.v))  # (B, pixels, C)
-        weights = torch.softmax(q @ k.mT / math.sqrt(x.shape[1]), -1)  # (B, query, key)
-        return x + self.proj_out((weights @ v).mT.unflatten(2, x.shape[2:]))
+        parts = (self.q, self.k, self.v)
+        weight, bias = torch.cat([p.weight for p in parts]), torch.cat([cast(Tensor, p.bias) for p in parts])
+        return x + self.proj_out(attention(conv2d(self.norm(x), weight, bias)))
 
 
 class Resample(nn.Module):

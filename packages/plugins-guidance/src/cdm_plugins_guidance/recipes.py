@@ -63,6 +63,7 @@ _MNIST: dict[str, Any] = {
     "base": "default",
     "model": {"denoiser": _MNIST_UNET},
     "data": {"name": "core/mnist"},
+    "train": {"steps": 2500},
 }
 _MNIST_JUDGE: dict[str, Any] = {
     "base": "digits-judge",
@@ -73,6 +74,7 @@ _MNIST_COND: dict[str, Any] = {
     "base": "digits-conditional",
     "model": _MNIST_UNET,
     "data": {"name": "core/mnist"},
+    "train": {"steps": 2500},
 }
 
 

@@ -93,6 +93,21 @@ void embed(int64_t batch, int64_t half, int64_t dim, bool sin_first, int64_t thr
   }
 }
 
+// The derivative in t: out = sum factor w (p c - q s), dy = (p, q) being the cotangents of sines s and cosines c.
+template <class T>
+void slope(int64_t batch, int64_t half, int64_t dim, bool sin_first, int64_t threads, T factor, const T* dy, const T* y,
+           const T* frequencies, T* out) {
+  const int64_t sine = sin_first ? 0 : half, cosine = sin_first ? half : 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (batch * half > 8192)
+  for (int64_t b = 0; b < batch; ++b) {
+    const T *p = dy + b * dim + sine, *q = dy + b * dim + cosine, *s = y + b * dim + sine, *c = y + b * dim + cosine;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < half; ++i) sum += frequencies[i] * (p[i] * c[i] - q[i] * s[i]);
+    out[b] = factor * sum;
+  }
+}
+
 }  // namespace
 
 CDM_EXPORT void CDM_NAME(cdm_sinusoidal_embedding)(int64_t batch, int64_t half, int64_t dim, int64_t sin_first,
@@ -101,6 +116,18 @@ CDM_EXPORT void CDM_NAME(cdm_sinusoidal_embedding)(int64_t batch, int64_t half, 
   auto run = [&](auto tag) {
     using T = decltype(tag);
     embed(batch, half, dim, sin_first, threads, T(factor), static_cast<const T*>(t),
+          static_cast<const T*>(frequencies), static_cast<T*>(out));
+  };
+  if (dtype == FLOAT64) run(double{}); else run(float{});
+}
+
+CDM_EXPORT void CDM_NAME(cdm_sinusoidal_embedding_slope)(int64_t batch, int64_t half, int64_t dim, int64_t sin_first,
+                                                         int64_t dtype, int64_t threads, double factor,
+                                                         const void* dy, const void* y, const void* frequencies,
+                                                         void* out) {
+  auto run = [&](auto tag) {
+    using T = decltype(tag);
+    slope(batch, half, dim, sin_first, threads, T(factor), static_cast<const T*>(dy), static_cast<const T*>(y),
           static_cast<const T*>(frequencies), static_cast<T*>(out));
   };
   if (dtype == FLOAT64) run(double{}); else run(float{});

@@ -8,6 +8,7 @@ from torch import Tensor
 from cdm_kernels.cpp import DTYPES, Kernel
 
 _EMBEDDING = Kernel("cdm_sinusoidal_embedding", "iiiiiidppp")
+_SLOPE = Kernel("cdm_sinusoidal_embedding_slope", "iiiiiidpppp")
 
 
 def sinusoidal_embedding(t: Tensor, frequencies: Tensor, sin_first: bool, dim: int, factor: float) -> Tensor:
@@ -16,4 +17,13 @@ def sinusoidal_embedding(t: Tensor, frequencies: Tensor, sin_first: bool, dim: i
     out = t.new_empty(batch, dim)
     shape = (batch, half, dim, sin_first, DTYPES[t.dtype], torch.get_num_threads())
     _EMBEDDING(*shape, factor, t.contiguous(), frequencies.contiguous(), out)
+    return out
+
+
+def slope(dy: Tensor, y: Tensor, frequencies: Tensor, sin_first: bool, factor: float) -> Tensor:
+    """(B,): the derivative in t of sum(dy * y); dy and y, the embedding, (B, dim) of one dtype."""
+    batch, dim = y.shape
+    out = y.new_empty(batch)
+    shape = (batch, frequencies.shape[0], dim, sin_first, DTYPES[y.dtype], torch.get_num_threads())
+    _SLOPE(*shape, factor, dy.contiguous(), y.contiguous(), frequencies.contiguous(), out)
     return out
