@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,29 @@ def test_first_use_builds_once(package, binary, find, tmp_path, monkeypatch, cap
     monkeypatch.setenv("CXX", "")
     assert find() == (package.cache / binary.parent.name / NAME, "")
     assert capfd.readouterr() == ("", "")
+
+
+def test_two_processes_build_once(binary, tmp_path, monkeypatch):
+    """Started together, the second waits and finds it built; by itself it builds again."""
+    count = f'echo >> {tmp_path / "calls"}; while [ "$1" != -o ]; do shift; done; {COPY} {binary} "$2"'
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", count))
+    target, both, alone = tmp_path / "cache" / NAME, threading.Barrier(2), build._alone
+
+    def together(folder):
+        both.wait()
+        return alone(folder)
+
+    monkeypatch.setattr(build, "_alone", together)
+    threads = [threading.Thread(target=build.build, args=(target,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    once = len((tmp_path / "calls").read_text())
+    monkeypatch.setattr(build, "_alone", alone)
+    build.build(target)
+    assert len((tmp_path / "calls").read_text()) == 2 * once
+    assert [path.name for path in target.parent.iterdir()] == [NAME]
 
 
 def test_first_use_with_a_compiler_that_fails(find, tmp_path, monkeypatch, capfd):

@@ -19,7 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SOURCES = Path(__file__).parent / "cpp"
 PACKAGED = Path(__file__).parent / "libcdm_kernels.so"
@@ -106,10 +113,15 @@ def _escaped(path: Path) -> str:
 
 
 def build(target: Path) -> None:
-    """Compile into `target`, written aside and renamed; BuildError with the compiler's first complaint."""
-    program, text = ninja(), ninja_file("library.so")
+    """Compile into `target`, written aside and renamed; BuildError with the compiler's first complaint.
+
+    One process at a time: who had to wait for another to build it finds it built.
+    """
+    program, text, before = ninja(), ninja_file("library.so"), _made(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with _alone(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        if _made(target) not in (None, before):
+            return
         Path(folder, "build.ninja").write_text(text)
         done = subprocess.run([program, "-C", folder], capture_output=True, text=True)
         if done.returncode:
@@ -117,6 +129,25 @@ def build(target: Path) -> None:
             complaint = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
             raise BuildError(f"the C++ compiler failed: {complaint.strip()}")
         os.replace(Path(folder, "library.so"), target)
+
+
+def _made(path: Path) -> int | None:
+    """When a file was made; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, where the system has such locks; they end with their process."""
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def main() -> int:
