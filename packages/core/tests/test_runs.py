@@ -128,6 +128,11 @@ def test_an_adapter_is_sampled_through() -> None:
     assert not torch.allclose(through, plain, atol=1e-2)
 
 
+def test_guidance_of_an_unconditional_model_is_refused_whatever_is_around_it() -> None:
+    with pytest.raises(UserError, match=r"guidance 2: the model is unconditional"):
+        make_run().source(SampleConfig(guidance=2.0))
+
+
 def test_clipping_is_for_images() -> None:
     run = make_run()
     run.sampling = replace(run.sampling, sample=replace(run.settings, clip=True))

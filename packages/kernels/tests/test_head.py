@@ -496,3 +496,17 @@ def test_table_gives_row_zero_no_gradient():
     table, _ = suffix_table(weight, torch.zeros(6), 5)
     (gradient,) = torch.autograd.grad((table * torch.randn(6, 3)).sum(), weight)
     assert torch.equal(gradient[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "levels"), [(1, 1), (3, 1002), (64, 102)])
+def test_the_cross_entropy_alone_is_that_of_the_head(rows, levels, dtype):
+    """Also where nothing is differentiated and a shorter way is taken."""
+    o = torch.randn(rows, levels, generator=torch.Generator().manual_seed(0)).to(dtype)
+    t = torch.arange(rows) % levels
+    assert torch.equal(noise_level_cross_entropy(o, t), noise_level_head(o, t, 0).cross_entropy)
+    assert torch.equal(
+        noise_level_cross_entropy(o.requires_grad_(), t), noise_level_head(o, t, 0).cross_entropy
+    )
+    with pytest.raises(IndexError, match="a level of t is not one of the"):
+        noise_level_cross_entropy(o.detach(), t + levels)

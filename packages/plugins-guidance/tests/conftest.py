@@ -13,6 +13,7 @@ from cdm_core.config import resolve, to_toml
 from cdm_core.manager import load_registry
 from cdm_core.runs import Run, load_run
 from cdm_core.testing.plugins import FakePlugin, installed
+from cdm_plugins_guidance.classifiers import ALLOW_TARGETS
 
 ORACLE = FakePlugin(
     "oracle",
@@ -96,6 +97,12 @@ ORACLE = FakePlugin(
 )
 NETWORK = f"{ORACLE.module}:network"  # for adapter.classifier.name; its images are (2, 1, 1)
 RUNS = {"line": "line", "ring": "ring", "judge": "ring", "line-judge": "line", "known": "known"}
+
+
+@pytest.fixture(autouse=True)
+def _python_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifiers of these runs are Python targets, which settings may name where that is allowed."""
+    monkeypatch.setenv(ALLOW_TARGETS, "1")
 
 
 @pytest.fixture(scope="session")

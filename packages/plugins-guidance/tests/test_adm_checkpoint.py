@@ -14,7 +14,7 @@ from cdm_core.backbones.adm import EncoderUNet, UNet
 from cdm_core.data import DataInfo
 from cdm_core.errors import UserError
 from cdm_plugins_guidance.adm import ADM, NoisyClassifier
-from cdm_plugins_guidance.adm_checkpoint import read_adm
+from cdm_plugins_guidance.adm_checkpoint import LICENCE, read_adm
 from cdm_plugins_guidance.adm_configs import (
     PUBLISHED_CLASSIFIERS,
     PUBLISHED_UNETS,
@@ -123,6 +123,8 @@ def test_what_shapes_do_not_tell_can_be_set(tmp_path: Path) -> None:
     assert foreign.info.num_classes == 6  # the seventh means "no class"
     assert "2 heads in the new order, schedule cosine" in foreign.note
     assert "3x16x16" in foreign.note
+    assert foreign.note.endswith(f" {LICENCE}")
+    assert "MIT" in LICENCE
 
 
 def test_a_setting_that_contradicts_the_shapes_does_not_load(tmp_path: Path) -> None:
@@ -194,3 +196,29 @@ def test_missing_layers_are_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "cut.pt")
     with pytest.raises(UserError, match=r"without its layer 'input_blocks\.1\.0\.out_layers\.3\.weight'"):
         read_adm(tmp_path / "cut.pt", ())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("out.2.weight", torch.tensor(1.0), r"its out\.2\.weight is of shape \(\)"),
+        ("input_blocks.1.0.out_layers.3.weight", torch.tensor(1.0), r"is of shape \(\)"),
+        ("time_embed.0.weight", torch.zeros(128, 0), r"its time_embed\.0\.weight is of shape \(128, 0\)"),
+        ("out.x\x1b[2J\n", torch.tensor(1.0), r"its out\.x\\x1b\[2J\\n is of shape"),
+    ],
+)
+def test_weights_of_no_size_are_refused(
+    tmp_path: Path, name: str, tensor: torch.Tensor, message: str
+) -> None:
+    torch.save({**ADM(TINY, info()).state_dict(), name: tensor}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=message) as error:
+        read_adm(tmp_path / "bad.pt", ())
+    assert str(error.value).isprintable()
+
+
+def test_a_block_of_an_enormous_number_makes_no_enormous_network(tmp_path: Path) -> None:
+    state = ADM(TINY, info()).state_dict()
+    torch.save({**state, f"input_blocks.{10**12}.0.bias": torch.zeros(1)}, tmp_path / "far.pt")
+    foreign = read_adm(tmp_path / "far.pt", ())
+    assert foreign is not None
+    assert foreign.model.config == TINY

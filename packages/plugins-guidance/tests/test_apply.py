@@ -153,6 +153,36 @@ def test_without_a_step_off_means_off_too():
         assert torch.equal(out, Net().denoise(x, sigma))
 
 
+class Undecided(Bowl):
+    """A guide that asks for no label."""
+
+    needs_label = False
+
+    def gradient(self, x, target, sigma=None):
+        return super().gradient(x, labels(len(x)), sigma)
+
+
+def test_a_guide_that_needs_no_label_works_without():
+    x, sigma = normal(2, *SHAPE), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    plain = Net().denoise(x, sigma)
+    assert torch.equal(guided(Net(), TermConfig()).denoise(x, sigma), plain)
+    assert not torch.equal(guided(Net(), TermConfig(), guides=[Undecided()]).denoise(x, sigma), plain)
+
+
+def test_walks_do_not_feel_one_another():
+    """Nor where the first step of one is unguided, and the peak is the released code's."""
+    config = TermConfig(rule="mean", gamma=0.3, peak="official", start=0.2)
+    model = guided(Net(variance=True), config)
+
+    def walk(scale):
+        start = scale * state(steps()[0])
+        return samplers.ddpm(Conditional(model, labels()), start, GRID, noise=torch.zeros_like)
+
+    first = walk(1.0)
+    assert not torch.equal(walk(3.0), first)
+    assert torch.equal(walk(1.0), first)
+
+
 # ---- Rule mean: the published update, in the published variables
 
 

@@ -141,6 +141,24 @@ def test_an_image_is_seen_alike_whatever_else_is_asked_for(load: Load) -> None:
     assert curves_of(load, looks=["x0"], levels=2, seed=1)[0].levels[0].ece != few[0].ece
 
 
+def test_a_denoiser_that_is_told_the_classes_predicts_from_them(load: Load) -> None:
+    """As it does when guided; it may know no "no class"."""
+    run = load("known", "adapter.name=guide")
+    exact, asked = run.model.mixture, []
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        if y is None:
+            raise UserError("no class of its own for none")
+        asked.append(y)
+        return exact.denoise(x, sigma, y)
+
+    run.model.denoise = denoise
+    (told,) = calibrate(run, looks=["x0"], softplus=REAL, num=300, levels=1)
+    assert torch.equal(torch.cat(asked), run.examples("test", range(300))[1])
+    (untold,) = calibrate(load("ring", "adapter.name=guide"), looks=["x0"], softplus=REAL, num=300, levels=1)
+    assert told.levels[0].accuracy > untold.levels[0].accuracy + 0.3  # all noise: the label alone tells
+
+
 def test_softplus_and_relu_differ_and_inf_is_relu(load: Load, network_name: str) -> None:
     run = load(
         "ring",

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cdm_core import schedules
 from cdm_core.data import DataInfo
+from cdm_core.denoisers import DiscreteDenoiser
 from cdm_core.errors import UserError
 from cdm_core.formats import Foreign, save_converted
 from cdm_core.manager import load_registry
@@ -25,6 +27,7 @@ from cdm_plugins_guidance.classifiers import (
     checkpoint_blocks,
     fold_batch_norms,
     load_classifier,
+    own_classifier,
 )
 from cdm_plugins_guidance.guide import Guide
 from cdm_plugins_guidance.guide_configs import ClassifierConfig, Contract, GuideConfig
@@ -142,12 +145,48 @@ def test_what_the_network_says_of_itself_is_kept(target) -> None:
         ("no_such_module:build", "cannot be made: No module named 'no_such_module'"),
         ("math:no_such_name", "cannot be made: module 'math' has no attribute"),
         ("time:time", "returned float, not an nn.Module"),
+        ("torch.nn:Linear", "cannot be made: .*missing .* required positional argument"),
+        (".x:y", "cannot be made: the 'package' argument is required"),
+        ("time:sleep\x1b[2J\n", r"module 'time' has no attribute 'sleep\\"),
         ("run:/no/such/run", "does not exist"),
     ],
 )
 def test_names_that_name_nothing(name, message) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         load_classifier(name)
+    assert str(error.value).isprintable()
+
+
+def test_a_target_that_the_caller_did_not_choose_is_not_run(target) -> None:
+    def ran() -> None:
+        raise AssertionError("the target was run")
+
+    name = target(ran)
+    with pytest.raises(
+        UserError, match=r"Python target.*: set the environment variable CDM_RUN_PYTHON_TARGETS=1"
+    ):
+        load_classifier(name, targets=False)
+    with pytest.raises(UserError, match="cannot be made: the target was run"):
+        load_classifier(name)
+    with pytest.raises(UserError, match="does not exist"):
+        load_classifier("run:/no/such/run", targets=False)
+
+
+def test_why_norms_were_not_folded_can_be_read(net, target) -> None:
+    class Branches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    def loaded(build: Callable[[], nn.Module], **settings: object) -> tuple[int, str]:
+        config = ClassifierConfig(target(build), softplus=3.0, shape=(3, 8, 8), **settings)
+        classifier = load_classifier(config)
+        return classifier.folded, classifier.not_folded
+
+    folded, reason = loaded(lambda: lived(Branches()))
+    assert folded == 0
+    assert "Branches cannot be traced" in reason
+    assert loaded(lambda: net) == (3, "")
+    assert loaded(lambda: lived(Branches()), fold=False) == (0, "")
 
 
 def test_settings_that_cannot_be_had(target) -> None:
@@ -166,14 +205,17 @@ def test_weights_that_do_not_fit_or_would_run_code(net, target, tmp_path) -> Non
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     torch.save({"model": net}, tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({**net.state_dict(), "x\x1b[2J\n": torch.zeros(1)}, tmp_path / "escapes.pth")
     for name, message in (
         ("other.pth", "do not fit"),
+        ("escapes.pth", r"do not fit .*x\\x1b\[2J"),
         ("code.pth", "nothing in it was run"),
         ("list.pth", "holds no state dict"),
         ("none.pth", "cannot read"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as error:
             load_classifier(ClassifierConfig(target(Net), str(tmp_path / name)))
+        assert str(error.value).isprintable()
 
 
 # -- folding and checkpointing -------------------------------------------------------------------------------
@@ -290,8 +332,12 @@ def test_torchvision_names(models, tmp_path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         load_classifier(ClassifierConfig("torchvision:resnet18", str(tmp_path / "none.pth")))
     torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="do not fit torchvision:resnet18"):
-        load_classifier(ClassifierConfig("torchvision:resnet18", str(tmp_path / "other.pth")))
+    state = models.resnet18().state_dict()
+    for name, tensor in ("point.pth", torch.tensor(1.0)), ("empty.pth", torch.zeros(0, 512)):
+        torch.save({**state, "fc.weight": tensor, "fc.bias": tensor}, tmp_path / name)
+    for name in ("other.pth", "point.pth", "empty.pth"):
+        with pytest.raises(UserError, match="do not fit torchvision:resnet18"):
+            load_classifier(ClassifierConfig("torchvision:resnet18", str(tmp_path / name)))
 
 
 # -- packages that need not be there: their interface, as far as it is used ----------------------------------
@@ -306,19 +352,46 @@ def test_a_missing_package_is_named(monkeypatch, name, package) -> None:
 
 def test_timm(monkeypatch, tmp_path) -> None:
     made: list[dict[str, object]] = []
+    asked: list[tuple[object, ...]] = []
+    places = {"net": "timm/net.a1@v2", "old": None, "gone": "timm/gone", "pickle": "timm/pickle"}
 
-    def create_model(name: str, pretrained: bool = False, num_classes: int = 5) -> nn.Module:
+    def create_model(
+        name: str,
+        pretrained: bool = False,
+        num_classes: int = 5,
+        pretrained_cfg_overlay: dict[str, object] | None = None,
+    ) -> nn.Module:
         if name == "unknown":
             raise RuntimeError("Unknown model (unknown)")
         made.append({"pretrained": pretrained, "num_classes": num_classes})
+        if pretrained:
+            asked.append(tuple((pretrained_cfg_overlay or {}).items()))
         net = Net(num_classes)
         net.num_classes = num_classes
         net.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 8, 8)}
+        net.pretrained_cfg |= {"hf_hub_id": places[name]}
+        net.pretrained_cfg |= {"hf_hub_filename": "pytorch_model.bin"} if name == "pickle" else {}
         return net
 
+    def hf_hub_download(repository: str, file: str, revision: str | None = None) -> str:
+        if repository == "timm/gone":
+            raise KeyError("no such entry\n")
+        asked.append((repository, file, revision))
+        return "/cache/model.safetensors"
+
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
     classifier = load_classifier("timm:net")
-    assert made == [{"pretrained": True, "num_classes": 5}]
+    assert made[-1] == {"pretrained": True, "num_classes": 5}
+    assert asked[0] == ("timm/net.a1", "model.safetensors", "v2")
+    assert dict(asked[1]) == {"source": "", "file": "/cache/model.safetensors", "custom_load": False}
+    for name in ("old", "pickle"):
+        with pytest.raises(UserError, match=f"timm:{name} has no weights in safetensors"):
+            load_classifier(f"timm:{name}")
+    with pytest.raises(UserError, match=r"cannot get model\.safetensors of timm/gone") as error:
+        load_classifier("timm:gone")
+    assert str(error.value).isprintable()
+    assert len(asked) == 2
     assert classifier.contract == Contract((0.5,) * 3, (0.5,) * 3, 8, 3)
     torch.save(Net(9).state_dict(), tmp_path / "nine.pth")
     assert load_classifier(ClassifierConfig("timm:net", str(tmp_path / "nine.pth"))).num_classes == 9
@@ -418,6 +491,18 @@ def test_a_density_guides_by_bayes_rule(density) -> None:
     slope = (graded.gradient * direction).flatten(1).sum(1)
     torch.testing.assert_close((ahead - behind) / (2 * step), slope, rtol=2e-2, atol=2e-3)
     assert guide.skipped == 0
+
+
+def test_the_models_own_count_of_classes_is_a_number() -> None:
+    """Also of a model on core's base for discrete levels, with methods of its own."""
+
+    class Both(DiscreteDenoiser):
+        def class_logits(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :4]
+
+    model = Both()
+    model.set_process(schedules.linear(10), num_classes=4, null_label=4)
+    assert own_classifier(model, ClassifierConfig()).num_classes == 4
 
 
 def test_a_run_is_used_as_it_is(density) -> None:

@@ -37,7 +37,7 @@ def test_compare(invoke: Invoke, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["--judge", runs / "judge", "--num", 20, "--seed", 3, *EXACT]
     found = json.loads(invoke("compare", runs / "ring", *given, "--out", out, "--json").stdout)
-    assert [row["name"] for row in found["rows"]] == ["held-out images", "unguided", "guided"]
+    assert [row["name"] for row in found["rows"]] == ["training images", "unguided", "guided"]
     assert found.pop("out") == str(out)
     assert found == json.loads((out / "compare.json").read_text())
     assert (found["num"], found["seed"], found["split"], found["judge_step"]) == (20, 3, "test", 10)
@@ -46,7 +46,7 @@ def test_compare(invoke: Invoke, runs: Path, tmp_path: Path) -> None:
     head, columns, *lines, last = text.stdout.splitlines()
     assert head == "test split, 20 samples each, seed 3"
     assert columns.split() == ["target", "rate", "confidence", "Fréchet", "precision", "recall", "s/image"]
-    assert [line.split()[0] for line in lines] == ["held-out", "unguided", "guided", "class-conditional"]
+    assert [line.split()[0] for line in lines] == ["training", "unguided", "guided", "class-conditional"]
     assert last == f"wrote {runs / 'ring' / 'compare' / 'compare.json'} and pictures beside it"
     assert text.stderr.split() == ["unguided", "guided", "class-conditional"]
 
@@ -162,10 +162,40 @@ def test_bad_words_are_explained(invoke: Invoke, runs: Path, tmp_path: Path) -> 
         (("tune", ring, *EXACT, *judge, "--scale", "0"), "--scale must be finite and not 0"),
         (("ablate", ring, *EXACT, *judge, "--seeds", 0), "--seeds 0: ask for at least 1"),
         (("compare", ring, *EXACT, *judge, "--conditional", ring), "is an unconditional run"),
-        (("compare", ring, "--set", "adapter.nome=1", *judge), "adapter"),
+        (("compare", ring, *EXACT, "--set", "adapter.nome=1", *judge), "unknown key 'adapter.nome' in --set"),
+        (("compare", ring, "--set", "adapter.nome=1", *judge), "adapter.name is missing: say --set adapter"),
     ]
     for words, says in cases:
         assert says in error(invoke(*words, code=2)), words
+
+
+@pytest.mark.parametrize(
+    ("command", "few"),
+    [
+        ("tune", ["--softplus", "inf", "--tau2", "1", "--scale", "1", "--levels", "1"]),
+        ("ablate", ["--seeds", 1]),
+    ],
+)
+def test_findings_of_other_weights_are_not_gone_on_from(
+    invoke: Invoke, runs: Path, tmp_path: Path, command: str, few: list[object]
+) -> None:
+    given = [command, runs / "ring", *EXACT, "--judge", runs / "judge", *few, "--num", 8, "--out", tmp_path]
+    invoke(*given)
+    line = error(invoke(*given, "--weights", "model", code=2))
+    assert line.endswith("was found with another weights: delete it, or give another --out")
+
+
+def test_gradients_that_are_not_finite_are_told(
+    invoke: Invoke, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdm_plugins_guidance.guide.Guide.skipped", property(lambda guide: next(count)))
+    count = iter([0, 7])
+    given = ["--judge", runs / "judge", "--num", 8, *EXACT, "--out", tmp_path]
+    text = invoke("compare", runs / "ring", *given)
+    says = "guided: 7 gradients of the guide, one an image and step, were not finite and moved nothing"
+    assert text.stderr.splitlines()[-1] == says
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert [row["skipped"] for row in rows] == [None, None, 7]
 
 
 def test_a_file_of_other_settings_is_kept(invoke: Invoke, runs: Path, tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_preconditions_as_the_edm_scheduler_does(prediction: str, tmp_path: Path
     scheduler = diffusers.EDMEulerScheduler(sigma_max=30.0, sigma_data=0.7, prediction_type=prediction)
     model = loaded(saved(net, tmp_path, scheduler))
     assert model.sigma_range == (0.002, 30.0)
+    assert model.null_label is None
     x = normal(1, 1, 8, 8)
     for sigma in torch.tensor([[0.002], [0.5], [30.0]]):
         out = net(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma)).sample

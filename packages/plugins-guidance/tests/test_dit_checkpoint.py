@@ -103,6 +103,26 @@ def test_what_shapes_do_not_tell_can_be_told(tmp_path: Path) -> None:
     assert not foreign.note
 
 
+def test_without_a_class_for_none_every_row_is_a_class(tmp_path: Path) -> None:
+    config = replace(TINY, null_class=False)
+    model = official(config)
+    path = released(model, tmp_path / "dit.pt")
+    foreign = read_dit(path, ("model.null_class=false",))
+    assert foreign is not None
+    assert (foreign.model.config, foreign.info.num_classes) == (config, 5)
+    DiT(config, foreign.info).load_state_dict(dict(foreign.state_dict))
+    assert read_dit(path).info.num_classes == 4  # type: ignore[union-attr]
+    assert read_dit(path, ("data.num_classes=3",)).info.num_classes == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("shape", [(), (0, 128)])
+def test_weights_of_no_size_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    name = "y_embedder.embedding_table.weight"
+    torch.save({**official().state_dict(), name: torch.zeros(shape)}, tmp_path / "dit.pt")
+    with pytest.raises(UserError, match=r"its y_embedder\.embedding_table\.weight is of shape \("):
+        read_dit(tmp_path / "dit.pt")
+
+
 @pytest.mark.parametrize("told", ["model.num_heads=3", "model.colour=red", "train.lr=1"])
 def test_what_cannot_be_told_is_refused(told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told.partition("=")[0].partition(".")[0]):

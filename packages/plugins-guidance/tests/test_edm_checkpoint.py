@@ -204,6 +204,16 @@ def test_settings_can_be_told(save: Any) -> None:
         ("EDMPrecond", {"attn_resolutions": []}, "no place for model.dec.8x8_block0.norm2.bias"),
         ("EDMPrecond", {"img_resolution": 0}, r"made for images of \(3, 0, 0\)"),
         ("EDMPrecond", {"sigma_data": -1.0}, "sigma_data"),
+        ("EDMPrecond", {"label_dim": np.zeros(2)}, "argument label_dim of its network is no number, text"),
+        ("EDMPrecond", {"model_type": np.zeros(2)}, "argument model_type of its network is no number, text"),
+        ("EDMPrecond", {"channel_mult": [[1], 2]}, "argument channel_mult"),
+        ("EDMPrecond", {"channel_mult": [1] * 33}, "argument channel_mult"),
+        ("EDMPrecond", {"model_channels": 10**400}, "argument model_channels"),
+        ("EDMPrecond", {"model_type": "x" * 81}, "argument model_type"),
+        ("EDMPrecond", {"model_type": "x\x1b[2J"}, "argument model_type"),
+        ("EDMPrecond", {"x\x1b[2J\n": 1}, r"no proper name: x\\x1b\[2J\\n$"),
+        ("EDMPrecond", {7: 1}, "no proper name: <int>"),
+        ("Precond\x1b[2J\n" + "x" * 999, {}, r"its network is a Precond\\x1b\[2J\\nx{60,80}, and only"),
         ("iDDPMPrecond", {}, "should be"),
     ],
 )
@@ -215,6 +225,22 @@ def test_settings_that_are_not_the_weights_are_refused(
     with pytest.raises(UserError, match=message) as error:
         read_edm(path, ())
     assert str(path) in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1500
+
+
+def test_a_value_that_is_shared_without_end_is_never_written_out(save: Any) -> None:
+    """Forty lists within each other, each with two references to the next: a text of terabytes."""
+    nested: Any = []
+    for _ in range(40):
+        nested = [nested, nested]
+    model = model_of("EDMPrecond", ADM)
+    path = save(model, "EDMPrecond", {**ADM, "channel_mult": nested})
+    with pytest.raises(UserError, match="argument channel_mult of its network is no number"):
+        read_edm(path, ())
+    path = save(model, "EDMPrecond", ADM, dataset_kwargs={"xflip": nested})
+    with pytest.raises(UserError, match="xflip of its data set must be true or false, not <list>"):
+        read_edm(path, ())
 
 
 def test_a_filter_that_is_not_the_settings_one_is_refused(save: Any) -> None:
@@ -222,6 +248,38 @@ def test_a_filter_that_is_not_the_settings_one_is_refused(save: Any) -> None:
     path = save(model_of("VEPrecond", told), "VEPrecond", told | {"resample_filter": [1, 2, 2, 1]})
     with pytest.raises(UserError, match="resample_filter is not of"):
         read_edm(path, ())
+
+
+def test_names_of_the_file_are_quoted_as_printable_text(save: Any) -> None:
+    model = model_of("EDMPrecond", ADM)
+    model.register_buffer("surplus\x1b[2J\n", torch.zeros(1))
+    with pytest.raises(UserError, match=r"no place for surplus\\x1b\[2J\\n$"):
+        read_edm(save(model, "EDMPrecond", ADM), ())
+    model = model_of("EDMPrecond", ADM)
+    model.register_buffer("x" * 501, torch.zeros(1))
+    with pytest.raises(UserError, match="a name of over 500 characters"):
+        read_edm(save(model, "EDMPrecond", ADM), ())
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"_non_persistent_buffers_set": 3}, "own buffers are no set"),
+        ({"_modules": {"a\x1b": 3}}, r"a\\x1b\. is no module"),
+        (
+            {"_parameters": (shared := {"w": None}), "_buffers": shared},
+            "_buffers is a part of its network twice",
+        ),
+    ],
+)
+def test_a_module_in_disorder_is_refused(state: Any, message: str, save: Any) -> None:
+    path = save(model_of("EDMPrecond", ADM), "EDMPrecond", ADM)
+    told = {**ADM, "img_resolution": SIZE, "img_channels": 3}
+    network = Persistent("EDMPrecond", _init_args=(), _init_kwargs=told, **state)
+    path.write_bytes(pickle.dumps({"ema": network}, 4))
+    with pytest.raises(UserError, match=message) as error:
+        read_edm(path, ())
+    assert str(error.value).isprintable()
 
 
 def test_what_is_in_the_network_twice_is_refused(save: Any) -> None:
@@ -238,6 +296,7 @@ def test_what_is_in_the_network_twice_is_refused(save: Any) -> None:
         ({"_init_args": (16, 3), "_init_kwargs": {}}, "with which arguments"),
         ({"_init_args": (), "_init_kwargs": {"img_channels": 3}}, "made without img_resolution"),
         ({}, "with which arguments"),
+        ({"_init_args": np.zeros(2), "_init_kwargs": {}}, "with which arguments"),
     ],
 )
 def test_a_network_that_does_not_say_how_it_was_made_is_refused(

@@ -268,6 +268,13 @@ def test_the_registry_of_extensions_is_not_asked(opcode: bytes, code: int, read:
         (b"}(NNs.", "file.pkl"),
         (PROTOCOL + b"})\x85\x85\x85Ns.", "no text or number"),
         (PROTOCOL + b"\x8f()\x85\x90.", "no text or number"),
+        # Keys that can be chosen to collide in every table: a thousand cost a million comparisons.
+        (PROTOCOL + b"}\x8a\x08" + struct.pack("<q", 2**61 - 1) + b"Ns.", "key that is too large"),
+        (PROTOCOL + b"}\x8a\x08" + struct.pack("<q", 1 - 2**61) + b"Ns.", "key that is too large"),
+        (PROTOCOL + b"\x8f(\x8a\x08" + struct.pack("<q", 2**31) + b"\x90.", "key that is too large"),
+        (b"}G" + struct.pack(">d", 2.0**61) + b"Ns.", "no text or number"),
+        (b"Np2305843009213693951\n.", "numbers an object"),
+        (b"Np-1\n.", "numbers an object"),
         (b"h\x07.", "KeyError"),
         (b".", "IndexError"),
         (b"t.", "IndexError"),
@@ -345,6 +352,11 @@ def test_long_files_are_refused(read: Any, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_deep_files_are_refused(opening: bytes, read: Any) -> None:
     refused(read, opening + b".", "nests deeper than 200 levels")
+
+
+def test_keys_of_any_usual_size_are_read(read: Any) -> None:
+    content = {0: "a", -(2**31): "b", 2**31 - 1: "c", "x": 1, None: 2, True: 3, b"y": 4}
+    assert read(pickle.dumps(content)) == content
 
 
 def test_a_loop_is_read(read: Any) -> None:

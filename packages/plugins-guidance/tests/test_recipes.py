@@ -78,6 +78,14 @@ def test_a_pairs_loss_is_the_sum_of_two_that_share_no_weight() -> None:
         torch.testing.assert_close(parameter.grad, together[name])
 
 
+def test_a_guide_that_does_not_fit_stops_training_before_it_starts(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "run"), "--set", "adapter.name=adm"]
+    result = CliRunner().invoke(cli, ["--plugin", "guidance", "train", *out])
+    assert result.exit_code == 2
+    assert "look 'x_t' needs a classifier that knows the noise level" in result.output
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_the_default_recipe_trains_and_is_sampled_guided(tmp_path: Path) -> None:
     def run(*words: object) -> str:
@@ -90,7 +98,7 @@ def test_the_default_recipe_trains_and_is_sampled_guided(tmp_path: Path) -> None
     run("--plugin", "guidance", "train", "--steps", 40, "--out", tmp_path / "run", *sets)
     stronger = ["--set", "adapter.scale=50"]  # than the recipe's, for a classifier that has hardly learnt
     found = json.loads(run("sample", tmp_path / "run", "--num", 20, "--steps", 10, "--json", *stronger))
-    assert found["adapter"]["name"] == "guidance/elucd"
+    assert found["adapter"]["name"] == "guidance/guide"
     with np.load(Path(found["out"]) / "samples.npz") as kept:
         assert kept["labels"].tolist() == [*range(10)] * 2
         guided = torch.from_numpy(kept["samples"]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -99,3 +107,13 @@ def test_the_default_recipe_trains_and_is_sampled_guided(tmp_path: Path) -> None
     target = torch.arange(20) % 10
     likely = [float(judge.classify(x).log_softmax(1)[range(20), target].mean()) for x in (guided, plain)]
     assert likely[0] > likely[1] + 0.02
+
+
+def test_a_runs_settings_run_no_code_of_their_authors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CDM_RUN_PYTHON_TARGETS", raising=False)
+    named = ["--set", "adapter.classifier.name=os:getcwd", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli, ["--plugin", "guidance", "train", *named])
+    assert result.exit_code == 2
+    assert "set the environment variable CDM_RUN_PYTHON_TARGETS=1 if you trust it" in result.output

@@ -95,6 +95,26 @@ def test_a_ledger_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> Non
             Ledger(path, {})
 
 
+@pytest.mark.parametrize("table", [3, {"a": 1}, [3], [{"tau2": 0.5}]])
+def test_a_table_that_is_damaged_is_one_line(tmp_path: Path, table: object) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps({"settings": {}, "rows": table}))
+    with pytest.raises(UserError, match=r"ledger.json is damaged \(.*rows.*\): delete it, or give another"):
+        Ledger(path, {}).find("rows", {"softplus": 3.0, "tau2": 0.5})
+
+
+def test_the_settings_name_the_step_of_every_guide(load: Load, runs: Path) -> None:
+    """A guide that was trained further is another."""
+    run = load("ring", "adapter.name=guide", f"adapter.classifier.name=run:{runs / 'known'}")
+    found = tuning.settings_of(run, load("judge"), num=3)
+    assert found["guide_steps"] == {str((runs / "known").resolve()): 10}
+    assert (found["step"], found["judge_step"], found["num"]) == (10, 10, 3)
+    config = guide_settings(load("ring", *EXACT))
+    assert tuning.guide_steps(config) == {}
+    converted = replace(config.classifier, name=f"run:{runs / 'a.safetensors'}")
+    assert set(tuning.guide_steps(replace(config, classifier=converted)).values()) == {None}
+
+
 def test_a_row_comes_back_from_json(tmp_path: Path) -> None:
     for row in (a_row(0.5, INF), Row("x", None, None, 1.0, 0.0, 1.0)):
         ledger = Ledger(tmp_path / f"{row.name}.json", {})
@@ -193,6 +213,30 @@ def test_tuning_finds_the_scale_that_samples_the_classes(
     assert draws == [(400, 5)]
     with pytest.raises(UserError, match="was found with another num, seed"):
         tune(run, judge, replace(search, num=100), path, seed=6)
+
+
+def test_figures_that_are_none_are_one_line(load: Load, tmp_path: Path) -> None:
+    """The file was damaged, or the logits not finite; never a comparison of nothing with a number."""
+    run, judge, path = load("ring", *EXACT), load("judge"), tmp_path / "tune.json"
+    search = Search(softplus=(INF,), tau2=(1.0,), scale=(1.0,), num=8, levels=1, predicted=20)
+    tune(run, judge, search, path)
+    whole = json.loads(path.read_text())
+
+    def damaged(table: str, **figures: object) -> None:
+        entries = [{**entry, **figures} for entry in whole[table]]
+        path.write_text(json.dumps({**whole, table: entries}))
+
+    damaged("proxies", integral_ece=None)
+    with pytest.raises(UserError, match="integral_ece of softplus inf, tau2 1 is no number"):
+        tune(run, judge, search, path)
+    damaged("candidates", precision=None)
+    with pytest.raises(UserError, match=r"is damaged \(one of its candidates lacks figures\)"):
+        tune(run, judge, search, path)
+    for entry in whole["candidates"]:
+        del entry["recall"]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=r"is damaged \(one of its candidates lacks 'recall'\)"):
+        tune(run, judge, search, path)
 
 
 def test_no_candidate_with_the_rate_is_said(load: Load, tmp_path: Path) -> None:

@@ -94,12 +94,9 @@ class Root(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _section(formatter, "Commands", [(name, line) for name, (_, line) in COMMANDS.items()])
-        rows = [
-            (f"{plugin} {name}", record.summary)
-            for plugin, records in self._plugin_commands(ctx).items()
-            for name, record in records.items()
-        ]
-        _section(formatter, "Commands of plugins", rows)
+        groups = self._plugin_commands(ctx).items()
+        rows = [(plugin, ", ".join(records)) for plugin, records in groups if records]
+        _section(formatter, "Commands of plugins (cdm-run PLUGIN --help says more)", rows)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> NoReturn:
         """Run and exit: 0, or 2 with one line on stderr for what the caller can mend, or 130 on Ctrl-C."""

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cdm_core.adapter_configs import CFGConfig
+from cdm_core.adapters import Clipped
 from cdm_core.capabilities import offered, require
 from cdm_core.data import Data, DataInfo
+from cdm_core.errors import UserError
 from cdm_core.random import fold
-from cdm_core.settings import RunConfig, Selection
+from cdm_core.settings import RunConfig, Sampling, Selection
 
 if TYPE_CHECKING:
     from cdm_core.manager import Registry
@@ -74,6 +77,27 @@ def adapt(selection: Selection, model: Any, registry: Registry) -> Any:
     hint = registry.hint(missing)
     require(model, wanted, user=f"the adapter {full!r}", model_name="the model", hint=hint)
     return record.load()(config, model)
+
+
+def sampled(sampling: Sampling, model: Any, info: DataInfo, registry: Registry) -> Any:
+    """What is sampled from: `model`, with classifier-free guidance, clipped, through the adapter.
+
+    In this order: a classifier that guides sees the prediction as it would be without it. `UserError` where
+    one of them does not fit.
+    """
+    weight = sampling.sample.guidance
+    if weight:
+        if not getattr(model, "num_classes", None):
+            raise UserError(
+                f"guidance {weight:g}: the model is unconditional and knows no classes to be guided to; "
+                "use guidance 0"
+            )
+        model = adapt(Selection("core/cfg", CFGConfig(weight)), model, registry)
+    if sampling.sample.clip:
+        if info.levels is None:
+            raise UserError(f"sample.clip: the data {info.name!r} are no images in [-1, 1]")
+        model = Clipped(model)
+    return adapt(sampling.adapter, model, registry) if sampling.adapter else model
 
 
 def options(settings: Any) -> dict[str, Any]:

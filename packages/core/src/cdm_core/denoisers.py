@@ -102,7 +102,7 @@ class DiscreteDenoiser(DiscreteLevels):
 
     # -- what the network says -------------------------------------------------------------------------------
 
-    def classes(self, y: Tensor | None, x: Tensor) -> Tensor | None:
+    def spelt_out(self, y: Tensor | None, x: Tensor) -> Tensor | None:
         """y (B,) with "no class" spelt out; UserError on labels that the network does not know, or misses."""
         if self.num_classes is None:
             if y is not None:
@@ -119,7 +119,7 @@ class DiscreteDenoiser(DiscreteLevels):
 
     def output(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Output:
         """The network's output for x_t (B, C, H, W) in the path's own scale, taken apart."""
-        out = self(x_t, t, self.classes(y, x_t))
+        out = self(x_t, t, self.spelt_out(y, x_t))
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if not self.learned_variance:
             return Output(out, None)

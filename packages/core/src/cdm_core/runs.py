@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from cdm_core import capabilities, components, schedules
-from cdm_core.adapter_configs import CFGConfig
-from cdm_core.adapters import Clipped
 from cdm_core.checkpoints import RunFolder
 from cdm_core.commands.common import pick_device
 from cdm_core.compiled import CompiledModel
@@ -316,23 +314,11 @@ class Run:
         return other
 
     def source(self, settings: SampleConfig) -> Any:
-        """What is sampled from: the model, with classifier-free guidance, clipped, through the adapter.
-
-        In this order: a classifier that guides sees the prediction as it would be without it.
-        """
+        """What is sampled from: the model, with classifier-free guidance, clipped, through the adapter."""
         key = repr((settings.guidance, settings.clip, self.sampling.adapter))
         if key not in self._sources:
-            model = self.model
-            if settings.guidance:
-                guidance = Selection("core/cfg", CFGConfig(settings.guidance))
-                model = components.adapt(guidance, model, self.registry)
-            if settings.clip:
-                if self.info.levels is None:
-                    raise UserError(f"sample.clip: the data {self.info.name!r} are no images in [-1, 1]")
-                model = Clipped(model)
-            if self.sampling.adapter:
-                model = components.adapt(self.sampling.adapter, model, self.registry)
-            self._sources[key] = model
+            sampling = replace(self.sampling, sample=settings)
+            self._sources[key] = components.sampled(sampling, self.model, self.info, self.registry)
         return self._sources[key]
 
     def cached_samples(self, num: int, seed: int = 0) -> Tensor:

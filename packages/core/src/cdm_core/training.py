@@ -39,7 +39,7 @@ from cdm_core import lr
 from cdm_core.capabilities import offered
 from cdm_core.checkpoints import Checkpoint, RunFolder, disk, finite, safetensors_bytes, torch_bytes
 from cdm_core.compiled import CompiledObjective, choose
-from cdm_core.components import Objective, Parts, build
+from cdm_core.components import Objective, Parts, build, sampled
 from cdm_core.config import diff, from_toml, is_resumable, to_dict, to_toml
 from cdm_core.data import Split
 from cdm_core.ema import EMA
@@ -66,6 +66,8 @@ def train(
     """
     config = from_toml(to_toml(config), registry)  # in range, and what the folder will say
     parts = build(config, registry)
+    if "denoise" in offered(parts.model):  # what is drawn at the end must be known to be possible
+        sampled(config.sampling, parts.model, parts.data.info, registry)
     folder = RunFolder(out)
     checkpoint = find_checkpoint(folder, config, registry)
     accelerator = start_accelerator(device, config.train.precision)

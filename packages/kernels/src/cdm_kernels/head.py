@@ -66,6 +66,11 @@ def noise_level_cross_entropy(o: Tensor, t: Tensor) -> Tensor:
 
     o (B, K) adjacent log-ratios, any float dtype; t (B,) int64 level indices. Returns (B,) float32.
     """
+    alone = t.dtype == torch.int64 and t.shape == o.shape[:1] and o.device == t.device and o.shape[1] > 0
+    if alone and o.device.type == "cpu" and has_kernel(o) and not traced(o, t):
+        module = kernels(o, "head")
+        if not (o.requires_grad and torch.is_grad_enabled()) and hasattr(module, "cross_entropy"):
+            return module.cross_entropy(o, t)
     return noise_level_head(o, t, 0).cross_entropy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from cdm_core.errors import UserError
 from cdm_plugins_guidance import apply_configs
 from cdm_plugins_guidance.adapter_configs import GuidedConfig, OneGuide
 from cdm_plugins_guidance.apply import GuidedDenoiser
-from cdm_plugins_guidance.classifiers import load_classifier, own_classifier
+from cdm_plugins_guidance.classifiers import ALLOW_TARGETS, load_classifier, own_classifier
 from cdm_plugins_guidance.guide import Guide
 
 
@@ -30,7 +31,9 @@ def make_guide(config: OneGuide, model: Any) -> Guide:
     """The guide of one term; its classifier is where the model is."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if config.classifier.name:
-        classifier = load_classifier(config.classifier, device)
+        # A run brings its settings with it: what code they name is not for their author to run here.
+        allowed = os.environ.get(ALLOW_TARGETS) == "1"
+        classifier = load_classifier(config.classifier, device, targets=allowed)
         return Guide(classifier, config.guide, decode=getattr(model, "to_images", None))
     if "class_logits" not in offered(model):
         raise UserError(

@@ -27,7 +27,9 @@ from cdm_plugins_guidance.adm_configs import (
     ClassifierConfig,
     UNetConfig,
 )
+from cdm_plugins_guidance.pickles import shown
 
+LICENCE = "The released networks of github.com/openai/guided-diffusion are under the MIT licence."
 State = Mapping[str, Tensor]
 PARTS = re.compile(r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.")
 WANTED = {"time_embed.0.weight": 2, "input_blocks.0.0.weight": 4, "middle_block.1.qkv.weight": 3}
@@ -52,6 +54,7 @@ def read_adm(path: Path, overrides: Sequence[str]) -> Foreign | None:
     state = _weights(read_tensors(path))
     if state is None:
         return None
+    check_shapes(state, path)
     unet = any(name.startswith("output_blocks.") for name in state)
     size = None
     try:
@@ -60,7 +63,7 @@ def read_adm(path: Path, overrides: Sequence[str]) -> Foreign | None:
     except KeyError as error:
         raise UserError(f"{path} is a network of guided-diffusion without its layer {error}") from error
     if "out.2.positional_embedding" in state:
-        places = state["out.2.positional_embedding"].shape[1] - 1
+        places = state["out.2.positional_embedding"].shape[-1] - 1
         size = math.isqrt(places) << (len(seen["channel_mult"]) - 1)
     guess = _completed(seen, unet, size)
     channels = state["input_blocks.0.0.weight"].shape[1]
@@ -89,7 +92,15 @@ def _note(config: Any, info: DataInfo, origin: str) -> str:
     return (
         f"Not told by shapes, {origin}: attention of {heads} in the {order} order, schedule "
         f"{config.noise_schedule} of {config.diffusion_steps} steps, images {'x'.join(map(str, info.shape))}."
+        f" {LICENCE}"
     )
+
+
+def check_shapes(state: State, path: Path) -> None:
+    """UserError on a weight that is a single number or none at all, which no layer has."""
+    for name, tensor in state.items():
+        if not tensor.ndim or not tensor.numel():
+            raise UserError(f"{path} is damaged: its {shown(name)} is of shape {tuple(tensor.shape)}")
 
 
 def _weights(content: Any) -> dict[str, Tensor] | None:
@@ -152,13 +163,16 @@ def _first_of(state: State, names: Iterable[str]) -> str:
 
 
 def _indices(state: State, pattern: str) -> list[int]:
-    """The distinct numbers that the group of `pattern` matches at the start of names, ascending."""
+    """The distinct numbers that the group of `pattern` matches at the start of names, ascending.
+
+    Of at most four digits each: a file's one name must not make a network of millions of blocks.
+    """
     return sorted({int(match[1]) for name in state if (match := re.match(pattern, name))})
 
 
 def _count(state: State) -> int:
     """Members of `input_blocks`; one that averages has no weights and so no name."""
-    return _indices(state, r"input_blocks\.(\d+)\.")[-1] + 1
+    return _indices(state, r"input_blocks\.([0-9]{1,4})\.")[-1] + 1
 
 
 def _attended(state: State, i: int) -> bool:
@@ -171,11 +185,11 @@ def _period(state: State) -> tuple[int, bool]:
     It halves in every member of `input_blocks` whose number is a multiple of the period.
     """
     count = _count(state)
-    residual = _indices(state, r"input_blocks\.(\d+)\.0\.in_layers\.")
+    residual = _indices(state, r"input_blocks\.([0-9]{1,4})\.0\.in_layers\.")
     other = sorted(set(range(1, count)) - set(residual))
     if other:
         return other[0], False
-    ups = _indices(state, r"output_blocks\.(\d+)\.[12]\.in_layers\.")
+    ups = _indices(state, r"output_blocks\.([0-9]{1,4})\.[12]\.in_layers\.")
     if ups:
         return ups[0] + 1, True
     if any(name.startswith("output_blocks.") for name in state):

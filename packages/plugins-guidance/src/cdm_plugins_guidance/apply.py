@@ -15,7 +15,7 @@ rms         x / max(1, RMS)   g / max(1, RMS), the RMS held fixed
 
 Rule score: D + w sigma^2 g_x. That is eps - w sqrt(1 - abar) g_VP (DDIM, DPM-Solver), and v or flow moved
     alike: here all are one formula. With look x_t and the exact noisy classifier it is E[x0 | x, y].
-Rule mean: mu_VP + w (Sigma + gamma sigma2_max sin(pi i / N)) g_VP, at the last step too (EluCD section 4;
+Rule mean: mu_VP + w (Sigma + gamma sigma2_max sin(pi t / N)) g_VP, at the last step too (EluCD section 4;
     ADM-G algorithm 1); with look x0 and jacobian vp, g_VP is the gradient in x0 itself. An ancestral step's
     mean is (1 - (s/t)^2) D + (s/t)^2 x, and mu_VP = alpha_s mu: D moves by that over alpha_s (1 - (s/t)^2).
     Under another sampler it is, to first order in the step, rule score.
@@ -70,7 +70,7 @@ class GuidedDenoiser(Wrapper):
                 "set condition = false"
             )
         self.conditional = own == self.num_classes if config.condition is None else config.condition
-        self._peak = Peak()
+        self._peaks = [Peak() for _ in self.terms]
 
     def denoise(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
         """Guided E[x0 | x, sigma, y]; x (B, C, H, W), sigma (B,).
@@ -79,13 +79,18 @@ class GuidedDenoiser(Wrapper):
         """
         model = Conditional(self.model, self._label(y))
         rows = sigma.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        moves = [] if y is None else [_without_step(*term, rows) for term in self.terms if term[0].scale != 0]
+        terms = [term for term in self.terms if _wanted(term, y) and term[0].scale != 0]
+        moves = [_without_step(*term, rows) for term in terms]
         return self._guided(lambda x: Prediction(model(x, sigma)), x, sigma, y, moves).x0
 
     def predict_step(self, x: Tensor, step: Step, y: Tensor | None = None) -> Prediction:
         """Guided prediction for a step; the learned variance is the model's own."""
+        if step.number == 0 and not step.correction:
+            for peak in self._peaks:  # another walk
+                peak.largest = 0.0
         model = Conditional(self.model, self._label(y))
-        moves = [] if y is None else [m for term in self.terms if (m := _for_step(*term, step))]
+        terms = zip(self.terms, self._peaks, strict=True)
+        moves = [m for term, peak in terms if _wanted(term, y) and (m := _for_step(*term, step, peak))]
         sigma = x.new_full((len(x),), step.level)
         return self._guided(lambda x: model.predict(x, step), x, sigma, y, moves)
 
@@ -94,7 +99,8 @@ class GuidedDenoiser(Wrapper):
         x = Conditional(self.model, self._label(y)).begin(x, step)
         nudged = x
         for config, guide in self.terms:
-            amount = weight(config, step) if config.rule == "nudge" and y is not None else 0.0
+            asked = config.rule == "nudge" and _wanted((config, guide), y)
+            amount = weight(config, step) if asked else 0.0
             if amount != 0:
                 view = View(x, None, x.new_full((len(x),), step.level), step.level, y)
                 nudged = nudged + amount * _rms(x) * _steady(config, _seen(config, guide, view).g)
@@ -119,11 +125,11 @@ class GuidedDenoiser(Wrapper):
         through = any(move.config.look == "x0-through" for move in moves)
         prediction, pull = _differentiable(predict, x) if through else (predict(x), None)
         x0 = prediction.x0
-        for config, guide, level, amount, step in moves:
+        for config, guide, level, amount, step, peak in moves:
             g, to_x = _seen(config, guide, View(x, prediction.x0, sigma, level, y, pull))
             g = amount * _steady(config, g)
-            if step is not None:
-                g = _spread(config, step, prediction.variance, self._peak) * g
+            if step is not None and peak is not None:
+                g = _spread(config, step, prediction.variance, peak) * g
             x0 = x0 + (g if config.rule == "shift" else to_x * g)
         return prediction._replace(x0=x0)
 
@@ -139,9 +145,15 @@ class Move(NamedTuple):
     level: Any  # float, or (B, 1, ..., 1) where every row has its own
     amount: Any  # likewise
     step: Step | None = None  # whose variance is Sigma; rule mean alone
+    peak: Peak | None = None  # likewise
 
 
-def _for_step(config: TermConfig, guide: Any, step: Step) -> Move | None:
+def _wanted(term: tuple[TermConfig, Any], y: Tensor | None) -> bool:
+    """Whether a term has a say: without labels only one that asks for none (`guide.target` none)."""
+    return y is not None or not getattr(term[1], "needs_label", True)
+
+
+def _for_step(config: TermConfig, guide: Any, step: Step, peak: Peak) -> Move | None:
     """A term's part in the prediction of a step; None where it has none."""
     amount = weight(config, step)
     if config.rule == "nudge" or amount == 0:
@@ -156,7 +168,9 @@ def _for_step(config: TermConfig, guide: Any, step: Step) -> Move | None:
             )
         alpha, alpha_next = ((1 + level**2) ** -0.5 for level in (step.sigma, step.next))
         amount /= alpha * alpha_next * (1 - (step.next / step.sigma) ** 2)
-    return Move(config, guide, step.level, amount, step if config.rule == "mean" else None)
+    if config.rule == "mean":
+        return Move(config, guide, step.level, amount, step, peak)
+    return Move(config, guide, step.level, amount)
 
 
 def _without_step(config: TermConfig, guide: Any, level: Tensor) -> Move:
@@ -258,9 +272,7 @@ class Peak:
         self.largest = 0.0
 
     def reach(self, step: Step, variance: Tensor | float) -> float:
-        """The peak at `step`; step 0 begins another walk."""
-        if step.number == 0:
-            self.largest = 0.0
+        """The peak at `step`."""
         corner = variance.flatten()[0].item() if isinstance(variance, Tensor) else variance
         self.largest = max(self.largest, corner)
         return self.largest

@@ -61,8 +61,8 @@ class TermConfig(StrengthConfig):
     # Look x0, rules score and mean: what stands for the Jacobian dx0/dx that is not computed. vp: I in the
     # variance-preserving state (EluCD); ve: I in x; gaussian: alpha^2 I, exact for N(0, I) data.
     jacobian: Literal["vp", "ve", "gaussian"] = "vp"
-    # Rule mean: the variance that multiplies the gradient. auto: learned where it is, else small; one: 1, the
-    # plain step of FreeDoM and TFG.
+    # Rule mean: the variance that multiplies the gradient, whatever the sampler's own is; published methods
+    # have the two alike. auto: learned where it is, else small; one: 1, the plain step of FreeDoM and TFG.
     variance: Literal["auto", "small", "large", "one"] = "auto"
     gamma: float = 0.0  # rule mean: gamma sigma2_max sin(pi t/N) is added to that variance (EluCD: 0.3)
     # sigma2_max. first: beta of the first step; official: the running maximum of the first sample's corner

@@ -10,8 +10,9 @@ over M bins B_m of equal width, (m - 1) / M < conf <= m / M (Guo et al. 2017). T
 published as (1 / k) sum_{t = 0..k} ECE_t; here it is the trapezoid rule in the step number, scaled to length
 1, which is that sum but for half of its two ends, and holds for levels that are left out.
 
-What a guide sees (`look`, as in `apply_configs.TermConfig`): x0, the denoiser's prediction without a label;
-rms, x / max(1, RMS(x)); x_t, x itself with its level, for a classifier that knows noise.
+What a guide sees (`look`, as in `apply_configs.TermConfig`): x0, the denoiser's prediction, from its label
+too where the denoiser is told the classes when it is guided; rms, x / max(1, RMS(x)); x_t, x itself with its
+level, for a classifier that knows noise.
 
 ECE of few images is above 0 even for a perfect classifier. `floor` says by how much: of independent hits with
 probabilities c the expectation of |sum (hit - c)| in a bin is sqrt(2 / pi) sqrt(sum c (1 - c)), n large.
@@ -188,7 +189,7 @@ def calibrate(
     chosen = levels_of(run, levels)
     found: dict[tuple[str, float, float], list[Level]] = {key: [] for key in product(looks, guides, taus)}
     for done, (number, sigma) in enumerate(chosen, 1):
-        for look, beta, logits in _seen(run, guides, looks, x0, sigma, seed):
+        for look, beta, logits in _seen(run, guides, looks, (x0, y), sigma, seed):
             for tau in taus:
                 figures = reliability(logits, y, tau=tau, bins=bins)
                 found[look, beta, tau].append(Level(**asdict(figures), number=number, sigma=sigma))
@@ -211,24 +212,31 @@ def _check(looks: Sequence[str], softplus: Sequence[float], taus: Sequence[float
 
 @torch.no_grad()
 def _seen(
-    run: Run, guides: dict[float, Guide], looks: Sequence[str], x0: Tensor, sigma: float, seed: int
+    run: Run,
+    guides: dict[float, Guide],
+    looks: Sequence[str],
+    examples: tuple[Tensor, Tensor],
+    sigma: float,
+    seed: int,
 ) -> Iterator[tuple[str, float, Tensor]]:
     """Logits (N, K) on the CPU of every guide at every look, at one level; (look, beta, logits)."""
-    denoiser, size = guided_source(run).model, run.settings.batch_size
+    source, size, (x0, y) = guided_source(run), run.settings.batch_size, examples
     draws = ImageDraws(fold(seed, "calibration", repr(sigma)), range(len(x0)))
     x = x0 + sigma * draws.normal(*x0.shape[1:])
 
-    def of(look: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def of(look: str, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         level = rows.new_full((len(rows),), sigma)
         if look == "x0":
-            return denoiser.denoise(rows, level, None), None
+            told = labels.to(run.device) if source.conditional else None
+            return source.model.denoise(rows, level, told), None
         if look == "rms":
             rms = rows.flatten(1).square().mean(1).sqrt().clamp(min=1)
             return rows / rms.view(-1, *[1] * (rows.dim() - 1)), None
         return rows, level
 
     for look in looks:
-        views = [of(look, rows.to(run.device)) for rows in x.split(size)]
+        batches = zip(x.split(size), y.split(size), strict=True)
+        views = [of(look, rows.to(run.device), labels) for rows, labels in batches]
         for beta, guide in guides.items():
             yield look, beta, torch.cat([guide.logits(*view).cpu() for view in views])
 

@@ -28,22 +28,26 @@ from cdm_core.errors import MissingPackage, UserError
 from cdm_core.formats import read_tensors
 from cdm_core.manager import did_you_mean
 from cdm_plugins_guidance.guide_configs import ClassifierConfig, Contract
+from cdm_plugins_guidance.pickles import shown
 from cdm_plugins_guidance.softplus import Smoothed, smooth
 
 __all__ = ["ImageClassifier", "checkpoint_blocks", "fold_batch_norms", "load_classifier", "own_classifier"]
 
 Build = Callable[..., Any]
+ALLOW_TARGETS = "CDM_RUN_PYTHON_TARGETS"  # environment variable, 1: Python targets in settings may be run
 
 
 class ImageClassifier(nn.Module):
     """Images to logits, with what is known of both.
 
     contract: how the images should look; num_classes: K, or None where the network does not say;
-    smoothed: what `softplus` replaced; folded: how many batch norms went into their convolutions.
+    smoothed: what `softplus` replaced; folded: how many batch norms went into their convolutions; not_folded:
+    why none did where they were to be folded if they can be, "" where there is nothing to say.
     """
 
     smoothed: Smoothed | None = None
     folded: int = 0
+    not_folded: str = ""
 
     def __init__(self, network: nn.Module, contract: Contract, num_classes: int | None = None) -> None:
         super().__init__()
@@ -55,12 +59,16 @@ class ImageClassifier(nn.Module):
         return result if isinstance(result, Tensor) else result.logits
 
 
-def load_classifier(config: ClassifierConfig | str, device: torch.device | str = "cpu") -> Any:
+def load_classifier(
+    config: ClassifierConfig | str, device: torch.device | str = "cpu", *, targets: bool = True
+) -> Any:
     """The classifier that `config`, or a bare name, asks for, on `device`: what `Guide` takes.
 
     An `ImageClassifier`; of a run, what offers `class_logits(x, sigma)`, by Bayes' rule where the model is a
-    class-conditional density. Raises UserError where it is unknown, its package is missing, its weights do
-    not fit, or one of the settings cannot be had.
+    class-conditional density. targets: whether `module:callable` may be imported and called, which runs code
+    that the settings' author chose; who did not choose them himself says no. Raises UserError where it is
+    unknown or not allowed, its package is missing, its weights do not fit, or one of the settings cannot be
+    had.
     """
     config = ClassifierConfig(config) if isinstance(config, str) else config
     try:
@@ -75,6 +83,11 @@ def load_classifier(config: ClassifierConfig | str, device: torch.device | str =
         )
     if source == "run":
         return _from_run(config, name, device)
+    if source not in _SOURCES and not targets:
+        raise UserError(
+            f"classifier {config.name!r} is a Python target, whose code would run: set the environment "
+            f"variable {ALLOW_TARGETS}=1 if you trust it"
+        )
     classifier = _SOURCES.get(source, _from_target)(config, name)
     classifier.eval().requires_grad_(False)
     return _prepared(classifier, config).to(device)
@@ -111,20 +124,33 @@ class OwnLogits:
 
 def _prepared(classifier: ImageClassifier, config: ClassifierConfig) -> ImageClassifier:
     """Folded, smooth, checkpointed, compiled, as the settings say."""
+    smoothed = config.softplus != math.inf
     if config.fold:
         classifier.folded = fold_batch_norms(classifier.network)
+    elif config.fold is None and smoothed:
+        classifier.folded, classifier.not_folded = _folded(classifier.network)
     if classifier.num_classes is None and config.shape:
         with torch.no_grad():
             classifier.num_classes = classifier(_example(classifier, config)).shape[1]
-    if config.softplus != math.inf:
+    if smoothed:
         classifier.smoothed = smooth(classifier, config.softplus, _example(classifier, config))
-    if config.channels_last:
+    if smoothed if config.channels_last is None else config.channels_last:
         classifier.to(memory_format=torch.channels_last)
     if config.checkpoint:
         checkpoint_blocks(classifier.network)
     if config.compile:
         classifier.network.compile(dynamic=False)
     return classifier
+
+
+def _folded(network: nn.Module) -> tuple[int, str]:
+    """How many batch norms were folded, as many as can be, and if none, why: it is no error."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return 0, ""  # a network is traced only where there is something to gain
+    try:
+        return fold_batch_norms(network), ""
+    except UserError as error:
+        return 0, str(error)
 
 
 def _example(classifier: ImageClassifier, config: ClassifierConfig) -> Tensor:
@@ -171,6 +197,7 @@ def _download(weights: Any) -> Mapping[str, Tensor]:
 
 
 def _from_timm(config: ClassifierConfig, name: str) -> ImageClassifier:
+    """timm's network; its own weights are read from safetensors and from nothing else."""
     timm = _package("timm", "timm")
     file = _file(config.weights)
     if config.weights and not file:
@@ -179,15 +206,39 @@ def _from_timm(config: ClassifierConfig, name: str) -> ImageClassifier:
         if file:
             network, classes = _fitted(partial(timm.create_model, name), _state(file), config.name)
         else:
-            network = timm.create_model(name, pretrained=True)
+            with torch.device("meta"):
+                published = timm.create_model(name).pretrained_cfg
+            # A file goes before the places that timm knows, and is read as its ending says.
+            given = {"source": "", "file": _safetensors(published, name), "custom_load": False}
+            network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given)
             classes = network.num_classes
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"timm cannot make {name!r}: {error}") from error
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"timm cannot make {name!r}: {shown(str(error), 300)}") from error
     about = network.pretrained_cfg
     channels, _, size = about["input_size"]
     return ImageClassifier(
         network, Contract(tuple(about["mean"]), tuple(about["std"]), size, channels), classes
     )
+
+
+def _safetensors(published: Mapping[str, Any], name: str) -> str:
+    """The file of safetensors with timm's weights, downloaded; UserError where there is none."""
+    hub = _package("huggingface_hub", "huggingface_hub")
+    place, file = published.get("hf_hub_id"), published.get("hf_hub_filename") or "model.safetensors"
+    if not place or not file.endswith(".safetensors"):
+        raise UserError(
+            f"timm:{name} has no weights in safetensors: get them, and give their path as weights"
+        )
+    repository, _, revision = place.partition("@")
+    try:
+        return str(hub.hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:  # its own and its HTTP library's, of no common kind
+        raise UserError(
+            f"cannot get {file} of {place}, the weights of timm:{name}: {shown(str(error), 300)}; get it and "
+            "give its path as weights"
+        ) from error
 
 
 def _from_transformers(config: ClassifierConfig, name: str) -> ImageClassifier:
@@ -232,8 +283,8 @@ def _from_target(config: ClassifierConfig, name: str) -> ImageClassifier:
     module = config.name.partition(":")[0]
     try:
         network = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"classifier {config.name!r} cannot be made: {error}") from error
+    except Exception as error:  # the target's own code raises anything
+        raise UserError(f"classifier {config.name!r} cannot be made: {shown(str(error), 300)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"classifier {config.name!r} returned {type(network).__name__}, not an nn.Module")
     if config.weights:
@@ -281,8 +332,9 @@ def _fitted(build: Build, state: Mapping[str, Tensor], name: str) -> tuple[Any, 
     with torch.device("meta"):
         expected = build().state_dict()
     state = {key if key in expected else _modern(key): tensor for key, tensor in state.items()}
-    rows = {len(t) for key, t in state.items() if key in expected and t.shape != expected[key].shape}
-    if len(rows) > 1:
+    other = (t for key, t in state.items() if key in expected and t.shape != expected[key].shape)
+    rows = {len(t) if t.ndim else 0 for t in other}
+    if len(rows) > 1 or 0 in rows:
         raise UserError(f"the weights do not fit {name}: they are of another network")
     network = build(num_classes=rows.pop()) if rows else build()
     _load(network, state, name)
@@ -304,7 +356,8 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     try:
         network.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise UserError(f"the weights do not fit {name}: {' '.join(str(error).split()[:40])}") from error
+        problem = shown(" ".join(str(error).split()), 300)
+        raise UserError(f"the weights do not fit {name}: {problem}") from error
 
 
 # -- speed and memory ----------------------------------------------------------------------------------------

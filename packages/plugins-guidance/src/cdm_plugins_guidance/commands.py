@@ -175,6 +175,7 @@ def compare(
 ) -> None:
     """Sample unguided and guided; a classifier trained apart judges both.
 
+    And training images for comparison. Distances are from images of --split; s/image leaves set-up out.
     Writes compare.json and a grid of samples for each way.
     """
     from cdm_plugins_guidance import compare as comparing
@@ -201,6 +202,18 @@ def compare(
         click.echo(f"{split} split, {num} samples each, seed {seed}")
         click.echo(_table(rows))
         click.echo(f"wrote {folder / 'compare.json'} and pictures beside it")
+    _warn_of_skipped(rows)
+
+
+def _warn_of_skipped(rows: Sequence[Row]) -> None:
+    """On stderr, a line for every way of sampling that was not guided throughout."""
+    for row in rows:
+        if row.skipped:
+            click.echo(
+                f"{row.name}: {row.skipped} gradients of the guide, one an image and step, were not finite "
+                "and moved nothing",
+                err=True,
+            )
 
 
 def _cells(row: Row) -> list[str]:
@@ -342,7 +355,8 @@ def tune(
     run, referee = _with_judge(session, path, judge, **given)
     file = _folder(path, out, "tune") / "tune.json"
     with _telling(as_json) as tell:
-        found = tuning.tune(run, referee, search, file, split=split, seed=seed, progress=tell)
+        opened = {"weights": given["weights"], "data": given["data"]}
+        found = tuning.tune(run, referee, search, file, split=split, seed=seed, **opened, progress=tell)
     flags = [*_given_flags(given["adapter"], given["recipe"], given["overrides"]), *found.flags]
     if as_json:
         values = {"best": vars(found.best), "reached": found.reached, "flags": flags}
@@ -415,8 +429,9 @@ def ablate(
     run, referee = _with_judge(session, path, judge, **options)
     file = _folder(path, out, "ablate") / "ablate.json"
     with _telling(as_json) as tell:
+        opened = {"weights": options["weights"], "data": options["data"]}
         effects, absent = tuning.ablate(
-            run, referee, file, split=split, num=num, seeds=seeds, seed=seed, progress=tell
+            run, referee, file, split=split, num=num, seeds=seeds, seed=seed, **opened, progress=tell
         )
     if as_json:
         show_json({"effects": [vars(effect) for effect in effects], "absent": absent, "out": str(file)})

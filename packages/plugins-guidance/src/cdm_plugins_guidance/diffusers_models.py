@@ -77,7 +77,7 @@ class Discrete(Latents, DiscreteDenoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The network's output; x_t (B, C, H, W), t (B,) int64 steps, y (B,) int64 classes or None."""
-        return self.net(x_t, t, class_labels=self.classes(y, x_t), return_dict=False)[0]
+        return self.net(x_t, t, class_labels=self.spelt_out(y, x_t), return_dict=False)[0]
 
 
 class Preconditioned(Latents):
@@ -86,6 +86,8 @@ class Preconditioned(Latents):
     D(x; sigma) = c_skip x + c_out F(c_in x, log(sigma) / 4), c_in = 1 / sqrt(sigma^2 + d^2),
     c_skip = d^2 c_in^2, c_out = sigma d c_in; of opposite sign where F predicts v.
     """
+
+    null_label = None  # the library has no class that means "none"
 
     def __init__(self, net: nn.Module, config: DiffusersConfig, classes: int | None) -> None:
         super().__init__()

@@ -159,6 +159,11 @@ class DiT(Latents, DiscreteDenoiser):
     def __init__(self, config: DiTConfig, info: DataInfo) -> None:
         super().__init__()
         channels, height, width = info.shape
+        if config.autoencoder and info.levels is not None:
+            raise UserError(
+                f"model.autoencoder: this network denoises latents, and {info.name!r} are images; training "
+                "on latents is not offered"
+            )
         _check_size(config, info)
         self.patch = config.patch_size
         self.grid = (height // self.patch, width // self.patch)
@@ -204,7 +209,7 @@ class DiT(Latents, DiscreteDenoiser):
         x_t (B, C, H, W) in the path's own scale; t (B,) steps 0 .. T - 1; y (B,) int64 classes, None of a net
         without classes, and of one with a class for none.
         """
-        c, y = self.t_embedder(t), self.classes(y, x_t)
+        c, y = self.t_embedder(t), self.spelt_out(y, x_t)
         if self.y_embedder is not None and y is not None:
             c = c + self.y_embedder(y)
         x = self.x_embedder(x_t) + self.pos_embed

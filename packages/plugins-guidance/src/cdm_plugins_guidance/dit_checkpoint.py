@@ -22,6 +22,7 @@ from torch import Tensor
 from cdm_core.data import DataInfo
 from cdm_core.formats import Foreign, filled, overridden, read_tensors
 from cdm_core.settings import Selection
+from cdm_plugins_guidance.adm_checkpoint import check_shapes
 from cdm_plugins_guidance.diffusers_folder import Folder, find
 from cdm_plugins_guidance.diffusers_models import TRANSFORMERS, data_settings, model_settings
 from cdm_plugins_guidance.diffusers_weights import dit_from_diffusers
@@ -51,6 +52,7 @@ def read_dit(path: Path, overrides: Sequence[str] = ()) -> Foreign | None:
         state = _weights(read_tensors(path))
     if state is None:
         return None
+    check_shapes(state, path)
     foreign = _foreign(state, _architecture(state), _data(state), overrides)
     shape = foreign.model.config.shape
     if shape in SIZES.values() or any(text.startswith("model.num_heads=") for text in overrides):
@@ -68,9 +70,12 @@ def _foreign(
     overrides: Sequence[str],
     note: str = "",
 ) -> Foreign:
-    values = overridden({"model": model, "data": data}, overrides)
+    guess = {name: value for name, value in data.items() if name != "num_classes"}
+    values = overridden({"model": model, "data": guess}, overrides)
+    classes = _rows(state) - bool(values["model"].get("null_class", DiTConfig.null_class))
+    labels = {"num_classes": classes} if classes > 0 else {}
     config = filled(DiTConfig, values["model"], "model", "--set")
-    info = filled(DataInfo, values["data"], "data", "--set")
+    info = filled(DataInfo, labels | values["data"], "data", "--set")
     if (config.shape, config.patch_size, info.num_classes) == RELEASED:
         note = f"{note} {LICENCE}".strip()
     return Foreign(state, Selection("guidance/dit", config), info, note)
@@ -88,7 +93,7 @@ def _weights(content: Any) -> dict[str, Tensor] | None:
 
 def _architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width, channels, patch = state["x_embedder.proj.weight"].shape[:3]
-    depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
+    depth = len({match[1] for name in state if (match := re.match(r"blocks\.([0-9]+)\.", name))})
     outputs = len(state["final_layer.linear.bias"])
     return {
         **_size(depth, width),
@@ -109,15 +114,19 @@ def _size(depth: int, width: int) -> dict[str, Any]:
 
 
 def _data(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Latents of square images where the channels are not those of pixels; the last class is "no class"."""
+    """Latents of square images where the channels are not those of pixels."""
     _, channels, patch = state["x_embedder.proj.weight"].shape[:3]
     side = patch * round(state["pos_embed"].shape[1] ** 0.5)
     data: dict[str, Any] = {"name": "converted", "shape": [channels, side, side], "dequantise": False}
     if channels not in (1, 3):
         data["levels"] = "none"
-    if "y_embedder.embedding_table.weight" in state:
-        data["num_classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
     return data
+
+
+def _rows(state: Mapping[str, Tensor]) -> int:
+    """Classes that the network knows, the one for "no class" among them; 0 without."""
+    table = state.get("y_embedder.embedding_table.weight")
+    return 0 if table is None else len(table)
 
 
 def _from_folder(folder: Folder, overrides: Sequence[str]) -> Foreign | None:

@@ -22,11 +22,13 @@ from cdm_core.settings import Selection
 from cdm_plugins_guidance.edm import EDM
 from cdm_plugins_guidance.edm_configs import EDMConfig
 from cdm_plugins_guidance.edm_unet import Filter
-from cdm_plugins_guidance.pickles import Instance, Persistent, read_pickle
+from cdm_plugins_guidance.pickles import Instance, Persistent, read_pickle, shown
 
 PRECONDS = {"VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm", "EDMPrecond": "edm"}
 # What the official classes default to, where that is not the default here.
 SONG = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
+MAX_VALUES, MAX_TEXT = 32, 80  # in an argument that is a list, and in a text; official ones have 7 and 12
+MAX_NAME = 500  # characters in the name of a weight, which may be repeated for every weight
 UNUSED = ("use_fp16", "label_dropout")  # how to train or run it, not what it is
 LICENCE = "NVIDIA licenses the networks of EDM under CC BY-NC-SA 4.0: attribution, no commercial use."
 
@@ -48,7 +50,7 @@ def read_edm(path: Path, overrides: Sequence[str]) -> Foreign | None:
     where = str(path)
     guess = official_settings(network.class_name, _arguments(network, where), where)
     dataset = content.get("dataset_kwargs")
-    guess["data"]["flip"] = bool(isinstance(dataset, dict) and dataset.get("xflip"))
+    guess["data"]["flip"] = _flip(dataset, where)
     values = overridden(guess, overrides)
     info = filled(DataInfo, values["data"], "data", where)
     config = filled(EDMConfig, values["model"], "model", where)
@@ -65,7 +67,7 @@ def official_settings(network: str, arguments: Mapping[str, Any], where: str) ->
     """
     if network not in PRECONDS:
         known = ", ".join(PRECONDS)
-        raise UserError(f"{where}: its network is a {network}, and only {known} are known")
+        raise UserError(f"{where}: its network is a {shown(network)}, and only {known} are known")
     precond, told = PRECONDS[network], dict(arguments)
     default = "SongUNet" if precond in ("vp", "ve") else "DhariwalUNet"
     model = {"precond": precond, "model_type": told.pop("model_type", default)}
@@ -97,9 +99,34 @@ def _is_pickle(path: Path) -> bool:
 
 def _arguments(network: Persistent, where: str) -> dict[str, Any]:
     positional, named = network.state.get("_init_args"), network.state.get("_init_kwargs")
-    if positional != () or not isinstance(named, dict):
+    if type(positional) is not tuple or positional or not isinstance(named, dict):
         raise UserError(f"{where}: its network does not say with which arguments, by name, it was made")
+    for name, value in named.items():
+        if not isinstance(name, str) or len(name) > MAX_TEXT or not (name.isascii() and name.isidentifier()):
+            raise UserError(
+                f"{where}: its network was made with an argument of no proper name: {shown(name)}"
+            )
+        values = value if isinstance(value, list | tuple) else [value]
+        if len(values) > MAX_VALUES or not all(map(_is_plain, values)):
+            raise UserError(
+                f"{where}: the argument {name} of its network is no number, text or short list of them"
+            )
     return named
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a text or None, and short, so that an error may quote it."""
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT and value.isprintable()
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _flip(dataset: Any, where: str) -> bool:
+    """Whether its data were flipped."""
+    flip = dataset.get("xflip") if isinstance(dataset, dict) else None
+    if flip is not None and not isinstance(flip, int):
+        raise UserError(f"{where}: xflip of its data set must be true or false, not {shown(flip)}")
+    return bool(flip)
 
 
 def _state_dict(network: Persistent, where: str) -> dict[str, Tensor]:
@@ -110,25 +137,38 @@ def _state_dict(network: Persistent, where: str) -> dict[str, Tensor]:
     def once(value: Any, name: str) -> None:
         # Nothing in these networks is shared, and what is could be repeated without end.
         if id(value) in seen:
-            raise UserError(f"{where}: {name} is a part of its network twice")
+            raise UserError(f"{where}: {shown(name)} is a part of its network twice")
         seen.add(id(value))
 
     def walk(module: Any, prefix: str) -> None:
         if not isinstance(module, Persistent | Instance):
-            raise UserError(f"{where}: {prefix or 'its network'} is no module")
+            raise UserError(f"{where}: {shown(prefix) or 'its network'} is no module")
         once(module, prefix)
-        transient = module.state.get("_non_persistent_buffers_set") or ()
+        for table in ("_parameters", "_buffers", "_modules"):
+            if module.state.get(table):
+                once(module.state[table], f"{prefix}{table}")
+        transient = module.state.get("_non_persistent_buffers_set", set())
+        if not isinstance(transient, set):
+            raise UserError(
+                f"{where}: the names of {shown(prefix) or 'its network'}'s own buffers are no set"
+            )
         tensors = {k: v for k, v in _table(module, "_buffers").items() if k not in transient}
         for name, tensor in {**_table(module, "_parameters"), **tensors}.items():
             if isinstance(tensor, Tensor):
                 once(tensor, prefix + name)
-                state[prefix + name] = tensor.float()
+                state[_joined(prefix, name, where)] = tensor.float()
         for name, child in _table(module, "_modules").items():
             if child is not None:
-                walk(child, f"{prefix}{name}.")
+                walk(child, _joined(prefix, f"{name}.", where))
 
     walk(network, "")
     return state
+
+
+def _joined(prefix: str, name: str, where: str) -> str:
+    if len(prefix) + len(name) > MAX_NAME:
+        raise UserError(f"{where}: a part of its network has a name of over {MAX_NAME} characters")
+    return prefix + name
 
 
 def _table(module: Persistent | Instance, name: str) -> dict[str, Any]:
@@ -154,7 +194,7 @@ def _check_fit(config: EDMConfig, info: DataInfo, state: Mapping[str, Tensor], w
             raise UserError(f"{where} does not fit its settings: {name} should be {shape}, but {problem}")
     surplus = sorted(state.keys() - expected.keys())
     if surplus:
-        raise UserError(f"{where} does not fit its settings: they have no place for {surplus[0]}")
+        raise UserError(f"{where} does not fit its settings: they have no place for {shown(surplus[0])}")
     for name in (name for name in state if name.endswith("resample_filter")):
         if not torch.allclose(state[name], Filter(config.resample_filter, "down").resample_filter):
             raise UserError(f"{where} does not fit its settings: {name} is not of {config.resample_filter}")

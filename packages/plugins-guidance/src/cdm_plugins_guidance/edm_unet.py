@@ -170,7 +170,7 @@ class Block(nn.Module):
             self.skip = Filter(config.resample_filter, direction)
         if self.heads:
             self.norm2 = Norm(outputs, style.eps, activation=False)
-            self.qkv = _conv(outputs, 3 * outputs, 1, config)
+            self.qkv = nn.Conv2d(outputs, 3 * outputs, 1)
             self.proj = _conv(outputs, outputs, 1, config)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -187,13 +187,19 @@ class Block(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """Self-attention over the pixels, in float32 or better under any autocast; one derivative, no second.
 
-        The official order of the 3 C channels of `qkv` is (head, channel, query or key or value).
+        The official order of the 3 C channels of `qkv` is (head, channel, query or key or value). Their
+        weights are put into another one, so that not the pixels need be, which are more.
         """
-        packed = self.qkv(self.norm2(x)).permute(0, 2, 3, 1)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        assert bias is not None
+        split = (self.heads, -1, 3)
+        weight = weight.unflatten(0, split).movedim(2, 0).flatten(0, 2)
+        bias = bias.unflatten(0, split).movedim(2, 0).flatten()
+        packed = F.conv2d(self.norm2(x), weight, bias).permute(0, 2, 3, 1)
         with torch.autocast(x.device.type, enabled=False):
             precise = packed.to(torch.promote_types(packed.dtype, torch.float32))
-            split = precise.flatten(1, 2).unflatten(2, (self.heads, -1, 3)).permute(4, 0, 2, 1, 3)
-            q, k, v = split.contiguous()  # (B, heads, pixels, channels): the fused attention wants them so
+            # (B, heads, pixels, channels) each
+            q, k, v = precise.flatten(1, 2).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = mixed.transpose(1, 2).flatten(2).unflatten(1, x.shape[2:])
         return mixed.permute(0, 3, 1, 2).to(packed.dtype)

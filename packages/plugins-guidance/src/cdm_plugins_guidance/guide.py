@@ -101,6 +101,11 @@ class Guide:
         return self._classes
 
     @property
+    def needs_label(self) -> bool:
+        """Whether it must be told what is wanted: all but `target` none must."""
+        return self.config.target != "none"
+
+    @property
     def skipped(self) -> int:
         """Rows so far whose gradient was not finite; waits for the device."""
         return int(self._skipped)

@@ -30,8 +30,10 @@ class ClassifierConfig:
     name: str = ""
     weights: str = ""  # a file (.safetensors, .pth), or a name of torchvision's; empty: the package's own
     softplus: float = math.inf  # beta of the Softplus that takes the place of every ReLU; inf: ReLU stays
-    fold: bool = False  # batch norms into their convolutions; exact but for rounding
-    channels_last: bool = False
+    # Both exact but for rounding; None: with Softplus (fold: where there is something to fold), while a
+    # network that keeps its ReLUs is left bitwise as it is.
+    fold: bool | None = None  # batch norms go into their convolutions
+    channels_last: bool | None = None  # the layout that convolutions are faster in
     compile: bool = False  # by torch.compile, once a batch size
     checkpoint: bool = False  # keep the activations between blocks only: less memory, one more forward pass
     shape: tuple[int, ...] = ()  # (C, H, W) of the images it is tried on; empty: as it was trained

@@ -29,9 +29,10 @@ from cdm_core.errors import UserError
 MAX_OPCODES = 2_000_000  # a network of a thousand tensors takes some 20,000
 MAX_DEPTH = 200  # of containers within containers; a network has some 30
 MAX_DIMENSIONS = 16  # of a tensor
+MAX_INTEGER = 2**31  # of a key: larger ones can be chosen to collide, and take quadratic time
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the files that `torch.save` wrote before it wrote zips
-_KEYS = (str, int, float, bool, bytes, type(None))  # hashed without recursion
+_KEYS = (str, int, bool, bytes, type(None))  # hashed without recursion
 _INERT = {
     *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
@@ -161,7 +162,7 @@ class _Machine:
         elif name in _MOVES:
             _MOVES[name](self, argument)
         elif name in _IMPORTS:
-            what = _shown(argument.replace(" ", ".")) if name == "INST" else f"extension {argument}"
+            what = shown(argument.replace(" ", ".")) if name == "INST" else f"extension {argument}"
             raise _Refusal(f"it tries to import {what}")
         elif name not in ("PROTO", "FRAME"):
             raise _Refusal(f"it uses the opcode {name}, which networks are not stored with")
@@ -186,7 +187,7 @@ class _Machine:
     def refer(self, module: Any, name: Any) -> None:
         """Push a reference; `_Refusal` unless exactly this name of exactly this module is allowed."""
         known = isinstance(module, str) and isinstance(name, str) and (module, name) in self.allowed
-        _require(known, f"it tries to import {_shown(module)}.{_shown(name)}")
+        _require(known, f"it tries to import {shown(module)}.{shown(name)}")
         self.stack.append(_Global(module, name))
 
     def call(self) -> None:
@@ -234,6 +235,7 @@ class _Machine:
 
     def memoise(self, index: int | None) -> None:
         """Remember the object on top."""
+        _require(index is None or 0 <= index < MAX_INTEGER, "it numbers an object beyond its end")
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
     def mark(self) -> None:
@@ -242,12 +244,18 @@ class _Machine:
         self.stack = []
 
 
-def _shown(value: Any) -> str:
-    return ascii(value[:80])[1:-1] if isinstance(value, str) else f"<{type(value).__name__}>"
+def shown(value: Any, limit: int = 80) -> str:
+    """A text of a file as an error may quote it: printable ASCII, of at most `limit` characters of it.
+
+    What is no text is shown by its type alone: its own representation could be of any length.
+    """
+    return ascii(value[:limit])[1:-1] if isinstance(value, str) else f"<{type(value).__name__}>"
 
 
 def _keys(keys: Any) -> Any:
     _require(all(type(key) in _KEYS for key in keys), "it has a key that is no text or number")
+    small = all(-MAX_INTEGER <= key < MAX_INTEGER for key in keys if type(key) is int)
+    _require(small, "it has a number for a key that is too large")
     return keys
 
 
@@ -432,7 +440,7 @@ class _DType:
 
 def _dtype(_: _Budget, arguments: tuple[Any, ...]) -> _DType:
     name = arguments[0] if arguments else None
-    _require(type(name) is str and name in _NUMBERS, f"it has the NumPy type {_shown(name)}")
+    _require(type(name) is str and name in _NUMBERS, f"it has the NumPy type {shown(name)}")
     return _DType(np.dtype(name))
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from cdm_core.errors import UserError
 from cdm_core.samplers import Callback, Denoise, Noise, begin_at, predict_at, steps_over
 
 
@@ -32,6 +33,8 @@ def recurrent(
     Between two goes at a step the state is noised back, x_t = x_s + sqrt(t^2 - s^2) n: published as x_t =
     sqrt(a_t / a_s) x_s + sqrt(1 - a_t / a_s) n. callback: once a step, at its last go.
     """
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, not {repeats}")
     draw = noise or torch.randn_like
     for step in steps_over(sigmas):
         i, total, t, s, *_ = step

