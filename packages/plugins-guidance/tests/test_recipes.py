@@ -96,7 +96,7 @@ def test_the_default_recipe_trains_and_is_sampled_guided(tmp_path: Path) -> None
     changes = ["train.batch_size=32", "train.validate_every=0", "model.classifier.widths=[16,32]"]
     sets = [word for change in changes for word in ("--set", change)]
     run("--plugin", "guidance", "train", "--steps", 40, "--out", tmp_path / "run", *sets)
-    stronger = ["--set", "adapter.scale=50"]  # than the recipe's, for a classifier that has hardly learnt
+    stronger = ["--set", "adapter.scale=300"]  # than the recipe's, for a classifier that has hardly learnt
     found = json.loads(run("sample", tmp_path / "run", "--num", 20, "--steps", 10, "--json", *stronger))
     assert found["adapter"]["name"] == "guidance/guide"
     with np.load(Path(found["out"]) / "samples.npz") as kept:
