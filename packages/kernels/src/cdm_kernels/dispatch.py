@@ -126,7 +126,7 @@ def _module(backend: str, operator: str) -> Any:
 
 def kernels(x: Tensor, operator: str) -> Any:
     """The module with the kernels of `operator` for x: `cdm_kernels.triton.*` or `cdm_kernels.cpp.*`."""
-    return _module("triton" if _forced == "triton" or x.device.type == "cuda" else "cpp", operator)
+    return _module("triton" if _forced == "triton" or x.is_cuda else "cpp", operator)
 
 
 def define(

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+_AS_THEY_ARE = frozenset((int, bool, float, type(None), type(ctypes.byref(ctypes.c_int64()))))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # `Dtype` of common.h
 
 _problem = ""
@@ -93,4 +93,4 @@ class Kernel:
             found = library()
             assert found is not None
             self._function = found.function(self.name, self.signature)
-        self._function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+        self._function(*[a if type(a) in _AS_THEY_ARE else a.data_ptr() for a in arguments])

@@ -210,12 +210,13 @@ void forward(int64_t batch, int64_t n, int64_t reference, const T* o, const int6
     int64_t k = first * LANES<S>;
     for (int64_t i = k; i < end * LANES<S>; ++i) e[i - k] = S(sums[i] - peak);
     const S spread = std::log(exponentials(e, end * LANES<S> - k));
+    cross_entropy[b] = S(peak - sums[t]) + spread;
+    if (summary) summary[b] = {spread, S(first), S(end)};
+    if (!estimate) return;  // the cross-entropy alone
     while (k + LANES<S> < n && below<S>(sums + k, peak)) k += LANES<S>;
     while (k + 1 < n && sums[k] < peak) ++k;
-    cross_entropy[b] = S(peak - sums[t]) + spread;
     log_ratio[b] = S(sums[reference] - sums[t]);
     estimate[b] = k;
-    summary[b] = {spread, S(first), S(end)};
   });
 }
 

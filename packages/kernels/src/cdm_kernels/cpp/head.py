@@ -19,6 +19,11 @@ def _rows(o: Tensor, reference: int) -> tuple[int, ...]:
     return (*o.shape, DTYPES[o.dtype], torch.get_num_threads(), reference)
 
 
+def new_summary(o: Tensor) -> Tensor:
+    """Room for the summary of `forward`."""
+    return o.new_empty(len(o), 3, dtype=_accumulator(o))
+
+
 def _accumulator(o: Tensor) -> torch.dtype:
     return torch.float64 if o.dtype == torch.float64 else torch.float32
 
@@ -32,27 +37,21 @@ def forward(o: Tensor, t: Tensor, reference: int) -> tuple[Tensor, Tensor, Tenso
     o, dtype, outside = o.contiguous(), _accumulator(o), ctypes.c_int64()
     batch = len(o)
     cross_entropy, log_ratio = o.new_empty(batch, dtype=dtype), o.new_empty(batch, dtype=dtype)
-    estimate, summary = t.new_empty(batch), o.new_empty(batch, 3, dtype=dtype)
-    outputs = (cross_entropy, log_ratio, estimate, summary)
+    outputs = (cross_entropy, log_ratio, t.new_empty(batch), new_summary(o))
     _FORWARD(*_rows(o, reference), o, t.contiguous(), *outputs, ctypes.byref(outside))
     if outside.value:
         raise IndexError(f"a level of t is not one of the {o.shape[1]}")
     return outputs
 
 
-def cross_entropy(o: Tensor, t: Tensor) -> Tensor:
-    """The cross-entropy of `forward` alone, (B,), all in one allocation: most of what a small call costs."""
-    o, dtype, outside = o.contiguous(), _accumulator(o), ctypes.c_int64()
-    batch = len(o)
-    buffer = o.new_empty(7 * batch, dtype=dtype)  # estimate, in 8 bytes each, then 5 numbers a row
-    size, first = buffer.element_size(), 8 * batch // buffer.element_size()
-    start = buffer.data_ptr()
-    places = [start + (first + part * batch) * size for part in (0, 1)]
-    outputs = (*places, start, start + (first + 2 * batch) * size)
-    _FORWARD(*_rows(o, 0), o, t.contiguous(), *outputs, ctypes.byref(outside))
+def cross_entropy(o: Tensor, t: Tensor, summary: Tensor | None = None) -> Tensor:
+    """The cross-entropy of `forward` alone, (B,), and its summary where there is room for one, (B, 3)."""
+    o, outside = o.contiguous(), ctypes.c_int64()
+    out = o.new_empty(len(o), dtype=_accumulator(o))
+    _FORWARD(*_rows(o, 0), o, t.contiguous(), out, None, None, summary, ctypes.byref(outside))
     if outside.value:
         raise IndexError(f"a level of t is not one of the {o.shape[1]}")
-    return buffer[first : first + batch]
+    return out
 
 
 def backward(
