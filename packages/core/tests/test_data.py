@@ -220,12 +220,15 @@ def fingerprints(split):
     return [row.numpy().tobytes() for row in whole(split)[0].flatten(1)]
 
 
+SPLITS = ("train", "valid", "test")
+
+
 def test_digits_are_scikit_learns_in_disjoint_stratified_splits():
     from sklearn.datasets import load_digits
 
     data = digits_data.load(DigitsConfig())
     assert (data.info.shape, data.info.levels, data.info.num_classes) == ((1, 8, 8), 17, 10)
-    parts = {name: data.split(name) for name in ("train", "valid", "test")}
+    parts = {name: data.split(name) for name in SPLITS}
     assert {name: len(part) for name, part in parts.items()} == {"train": 1365, "valid": 72, "test": 360}
     everything = sorted(print_ for part in parts.values() for print_ in fingerprints(part))
     assert everything == sorted(row.tobytes() for row in load_digits().images.astype(np.uint8))
@@ -241,13 +244,17 @@ def nearest_class(train, pixels):
     return train[1][distance.argmin(1)]
 
 
-def test_digits_test_split_does_not_move_with_the_settings():
+def test_digits_test_split_moves_with_its_own_seed_alone():
     first = digits_data.load(DigitsConfig())
     second = digits_data.load(DigitsConfig(valid=0.2, split_seed=5))
     assert fingerprints(first.split("test")) == fingerprints(second.split("test"))
     assert fingerprints(first.split("valid")) != fingerprints(second.split("valid"))
     again = digits_data.load(DigitsConfig())
     assert fingerprints(first.split("train")) == fingerprints(again.split("train"))
+    other = {name: fingerprints(digits_data.load(DigitsConfig(test_seed=1)).split(name)) for name in SPLITS}
+    assert other["test"] != fingerprints(first.split("test"))
+    everything = [print_ for name in SPLITS for print_ in fingerprints(first.split(name))]
+    assert sorted(print_ for part in other.values() for print_ in part) == sorted(everything)
 
 
 def test_unknown_split_names_the_choices():

@@ -26,6 +26,7 @@ def test_the_recipes_that_scripts_rely_on_are_there() -> None:
     promised = {
         "default",
         "digits",
+        "digits-bayes",
         "digits-cond",
         "mixture-2d",
         "cifar10",

@@ -88,6 +88,15 @@ RECIPES = [
         "The same with classes: guidance, and classification by Bayes' rule",
         {"base": "digits", "model": {"conditional": True}},
     ),
+    Recipe(
+        "digits-bayes",
+        "8x8 digits with classes and fewer levels: classification by Bayes' rule in one pass a class",
+        {
+            "base": "digits",
+            "model": {"conditional": True, "decoder": True, "noise_steps": 200},
+            "train": {"steps": 2500},
+        },
+    ),
     Recipe("mixture-2d", "A ring of Gaussians in the plane, whose truth is known", _MIXTURE),
     Recipe("cifar10", "CIFAR-10, DDPM path", _CIFAR10),
     Recipe(
