@@ -104,3 +104,42 @@ def test_a_chain_that_does_not_fit_is_explained_before_any_work(runs: Path, tmp_
     said = run("sample", runs / "cdm", *look, *out, code=2)
     assert "look 'x_t' needs a classifier that knows the noise level" in said
     assert not (tmp_path / "out").exists()
+
+
+# -- a joint model, whose head and denoiser are one network --------------------------------------------------
+
+JOINT = ["model_channels=32", "channel_mult=[1,2]", "num_res_blocks=1", "attention_resolutions=[2]"]
+JOINT += ["num_heads=2", "dropout=0.0", "head_dropout=0.0", "diffusion_steps=50"]
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Barely trained: a joint model, and one whose denoiser is told the class."""
+    folder = tmp_path_factory.mktemp("joint")
+    learns = ["objective.classify=noised", "objective.w_ce=1", "train.lr=2e-3", "train.ema_decay=0.9"]
+    given = sets(*(f"model.{text}" for text in JOINT), *SMALL, *learns)
+    run("--plugin", "joint", "train", "--out", folder / "joint", *given, *sets("train.steps=200"))
+    run("--plugin", "joint", "train", "--out", folder / "told", *given, *sets("model.class_cond=true"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scale"),
+    [("adm-ddim", 10), ("universal", 10), ("representations", 300), ("representations-safe", 30)],
+)
+def test_a_joint_head_steers_its_own_denoiser(joint: Path, tmp_path: Path, adapter: str, scale: int) -> None:
+    """As the guide of plugin guidance, on x_t or through the denoiser; and by the plugin's own means."""
+    guide = ["--adapter", adapter, *sets(f"adapter.scale={scale}")]
+    plain, _ = sampled(joint / "joint", tmp_path / "plain", "--label", "none")
+    guided, found = sampled(joint / "joint", tmp_path / "guided", "--label", 7, *guide)
+    assert found["adapter"]["name"].endswith(f"/{adapter}")
+    assert of_class(joint / "joint", guided, 7) > of_class(joint / "joint", plain, 7) + 0.1
+
+
+def test_a_joint_denoiser_classifies_without_its_head(joint: Path) -> None:
+    given = ["--limit", 4, "--pairs", 8, "--json"]
+    found = json.loads(run("zeroshot", "classify", joint / "told", *given))
+    assert found["n"] == 4
+    assert all(len(image["scores"]) == 10 for image in found["images"])
+    said = run("zeroshot", "classify", joint / "joint", *given, code=2)
+    assert said.count("\n") == 1  # an unconditional denoiser has no opinion of classes

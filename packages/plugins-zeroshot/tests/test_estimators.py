@@ -196,6 +196,8 @@ def test_no_pair_is_spent_on_a_level_without_weight() -> None:
 def test_a_model_without_levels_gets_those_of_the_settings() -> None:
     config = EstimatorConfig(levels=5, sigma_min=0.01, sigma_max=100.0)
     assert levels_of(nn.Identity(), config).tolist() == pytest.approx([0.01, 0.1, 1, 10, 100])
+    even = EstimatorConfig(levels=4, sigma_min=1e-4, sigma_max=3.0, spacing="linear")
+    assert levels_of(nn.Identity(), even).tolist() == pytest.approx([1e-4, 1.0000667, 2.0000333, 3.0])
 
 
 def test_bin_means_want_a_pair_in_every_bin() -> None:
@@ -247,6 +249,7 @@ def test_the_best_proposal_lowers_the_variance() -> None:
         ({"pairs": 0}, "pairs must be at least 1"),
         ({"antithetic": True, "block": 3}, "come in twos"),
         ({"weight": "elbo", "loss": "l1"}, "loss must be l2"),
+        ({"wordings": "likelihood"}, "weight must be elbo"),
         ({"weight": "learned"}, "bins hold"),
         ({"bins": (1.0,)}, "bins hold"),
         ({"importance": "table"}, "proposal holds"),

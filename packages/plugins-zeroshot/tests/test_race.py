@@ -28,7 +28,7 @@ from cdm_core.testing.conformance import randomise
 from cdm_plugins_zeroshot import race as module
 from cdm_plugins_zeroshot.context_unet import ContextUnet
 from cdm_plugins_zeroshot.context_unet_configs import ContextUnetConfig
-from cdm_plugins_zeroshot.race import Contest, Race, Verdict, cost_features, standard_error, verdict
+from cdm_plugins_zeroshot.race import Contest, Race, Verdict, cost_features, pooled, standard_error, verdict
 from cdm_plugins_zeroshot.zeroshot_configs import OFFICIAL_STAGES, EliminationConfig, EstimatorConfig
 
 SHAPE = (1, 8, 8)
@@ -462,6 +462,50 @@ def test_cost_is_a_feature_of_confidence() -> None:
     clear = verdict(contest(synthetic(5, 64, gap=3.0), EliminationConfig()), range(5), 0.0)
     features = cost_features([clear])
     assert features.tolist() == [[1.0, pytest.approx(np.log(clear.class_evaluations / 5))]]
+
+
+# ---- Classes of several wordings.
+
+
+def test_a_mixture_of_wordings_has_the_likelihood_of_a_mixture() -> None:
+    """Its mean is -log of the mean likelihood, its spread that of the mean over fresh pairs."""
+    rng = np.random.default_rng(0)
+    means = np.array([[0.0], [1.0], [4.0]])
+
+    def loss(pairs: int) -> np.ndarray:
+        shared = rng.normal(size=pairs)
+        return means + shared + 0.5 * rng.normal(size=(3, pairs))
+
+    said = pooled(loss(400), "likelihood")
+    again = [pooled(loss(400), "likelihood").mean() for _ in range(400)]
+    assert said.std() / np.sqrt(400) == pytest.approx(np.std(again), rel=0.1)
+    losses = loss(50)
+    total = -np.log(np.exp(-losses.mean(1)).mean())
+    assert pooled(losses, "likelihood").mean() == pytest.approx(total)
+    assert pooled(losses, "mean") == pytest.approx(losses.mean(0))
+    far = pooled(losses + np.array([[0.0], [2000.0], [3000.0]]), "likelihood").mean()
+    assert far == pytest.approx(losses[0].mean() + np.log(3))  # and no overflow
+
+
+@pytest.mark.parametrize("wordings", ["mean", "likelihood"])
+def test_alike_wordings_are_one(wordings) -> None:
+    """Classes of which each is said twice in the same words: verdicts are those of saying it once."""
+    losses = synthetic(5, 64, gap=0.15)
+    config = EstimatorConfig(pairs=64, weight="elbo", wordings=wordings)
+    rule = EliminationConfig(alpha=0.01)
+    owner = np.repeat(np.arange(5), [1, 2, 3, 1, 2])
+    played = Contest(0, torch.zeros(SHAPE), 5, config, rule, owner)
+    while not played.finished:
+        job = played.job()
+        answers = losses[owner][job.classes, job.start : job.stop].astype(np.float32)
+        played.add(answers, np.ones(job.stop - job.start))
+    once, several = verdict(contest(losses, rule, config), range(5), 0.0), verdict(played, range(5), 0.0)
+    assert several.scores == pytest.approx(once.scores)
+    assert several.gap_errors == pytest.approx(once.gap_errors)
+    assert several.eliminated_at == once.eliminated_at
+    assert len(set(several.seen)) > 2
+    counts = np.bincount(owner)
+    assert several.class_evaluations == (np.array(several.seen) * counts).sum()
 
 
 # ---- Refusals.

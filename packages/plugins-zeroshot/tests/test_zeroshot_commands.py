@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,8 +29,9 @@ from cdm_core.metrics import wilson
 from cdm_core.runs import load_run
 from cdm_core.testing.plugins import FakePlugin, installed
 from cdm_plugins_zeroshot.answers import fingerprint
-from cdm_plugins_zeroshot.methods import choose
+from cdm_plugins_zeroshot.methods import choose, default_name
 from cdm_plugins_zeroshot.results import Results, Shard, digest
+from cdm_plugins_zeroshot.zeroshot_configs import ClassifierConfig, EliminationConfig, EstimatorConfig
 
 ORACLE = FakePlugin(
     "oracle",
@@ -200,6 +202,45 @@ def test_answers_are_taken_up_again(invoke: Invoke, runs: Path, tmp_path: Path) 
     }
     last = json.loads(invoke(*given, tmp_path / "two", "--shard", "1/3").stdout)
     assert without_times(last) == without_times(whole)
+
+
+KILLED = """
+import os, signal, sys
+from click.testing import CliRunner
+from cdm_core.cli import cli
+from cdm_plugins_zeroshot import answers, results
+answers.SECONDS = 0.0  # every answer goes to the disk at once
+add, left = results.Writer.add, [{count}]
+
+def dies(self, rows):
+    add(self, rows)
+    left[0] -= 1
+    if not left[0]:
+        with self.path.open("ab") as file:
+            file.write(b'{{"image": 59, "sco')  # in the middle of the next answer
+        os.kill(os.getpid(), signal.SIGKILL)
+
+results.Writer.add = dies
+CliRunner().invoke(cli, sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_to_the_same_answers(invoke: Invoke, runs: Path, tmp_path: Path) -> None:
+    """`kill -9` twice, each time in the middle of a line; what is on the disk is not asked again."""
+    given = ("classify", runs / "ring", *SMALL, "--json", "--store")
+    whole = json.loads(invoke(*given, tmp_path / "one").stdout)
+    words = ["oracle", *(str(word) for word in given), str(tmp_path / "two")]
+    paths = os.pathsep.join([str(runs), *(path for path in sys.path if path.endswith("src"))])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for count, kept in ((3, 3), (20, 23)):
+        code = KILLED.format(count=count)
+        ended = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+        (part,) = (tmp_path / "two").glob("race-*/part-*.jsonl")
+        assert part.read_bytes().count(b"\n") == kept
+    again = json.loads(invoke(*given, tmp_path / "two").stdout)
+    assert without_times(again) == without_times(whole)
 
 
 def test_a_shorter_limit_asks_nothing_twice(invoke: Invoke, runs: Path, tmp_path: Path) -> None:
@@ -515,3 +556,23 @@ def test_settings_of_a_method_are_those_that_decide() -> None:
     assert choose("race", ["elimination.alpha=0.1"]).settings() != choose("race").settings()
     assert choose("flat", seed=1).settings() != flat
     assert choose("bayes", ["bayes.centre=none"]).settings() == choose("bayes").settings()
+
+
+def test_a_runs_own_settings_lie_under_what_is_said() -> None:
+    """Of a recipe's adapter: all but its seed, and but for what belongs to another rule or other pairs."""
+    own = ClassifierConfig(
+        EstimatorConfig(pairs=50, loss="l1", seed=7),
+        EliminationConfig(rule="stages", stage_pairs=(10, 50), stage_keep=(3, 1), confidence=0.9),
+    )
+    assert (default_name(own), default_name(None)) == ("stages", "race")
+    stages = choose("stages", base=own, seed=2)
+    assert (stages.estimator.pairs, stages.estimator.loss, stages.estimator.seed) == (50, "l1", 2)
+    assert (stages.elimination.stage_pairs, stages.elimination.stage_keep) == ((10, 50), (3, 1))
+    race = choose("race", ["estimator.loss=l2"], base=own)
+    assert (race.elimination.rule, race.elimination.stage_pairs) == ("race", ())
+    assert (race.estimator.loss, race.elimination.confidence) == ("l2", 0.9)
+    shorter = choose("stages", base=own, pairs=40)
+    assert (shorter.elimination.stage_pairs, shorter.elimination.stage_keep) == ((4, 40), (5, 1))
+    published = choose("stages", base=own, stages="pets")
+    assert published.elimination.stage_pairs == (25, 250)
+    assert choose("bayes", base=own).bayes == choose("bayes").bayes

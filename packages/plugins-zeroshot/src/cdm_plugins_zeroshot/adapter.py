@@ -21,6 +21,7 @@ from torch import Tensor
 from cdm_core.adapters import Wrapper
 from cdm_core.capabilities import offered
 from cdm_core.errors import UserError
+from cdm_core.samplers import Prediction, predicted
 from cdm_plugins_zeroshot.race import Race
 from cdm_plugins_zeroshot.zeroshot_configs import ClassifierConfig
 
@@ -63,6 +64,10 @@ class DiffusionClassifier(Wrapper):
         self.config = config
         if not getattr(model, "num_classes", None):
             raise UserError("a diffusion classifier needs a class-conditional model; this one has no labels")
+
+    def predict(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Prediction:
+        """The model's own, with its learned variance where it has one: what is sampled stays as it was."""
+        return predicted(self.model, x, sigma, y)
 
     @torch.no_grad()
     def class_logits(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -28,6 +28,13 @@ from cdm_core.runs import ImageDraws, Run
 from cdm_plugins_zeroshot.calibration import Affine, Platt, fit_platt, fit_temperature
 from cdm_plugins_zeroshot.exact_bayes import Centring, ExactBayes
 from cdm_plugins_zeroshot.methods import Method
+from cdm_plugins_zeroshot.pictures import (
+    encoded_files,
+    encoded_split,
+    is_latent,
+    listed_pictures,
+    picture_shape,
+)
 from cdm_plugins_zeroshot.race import Race, Table, Verdict, cost_features
 from cdm_plugins_zeroshot.results import WHOLE, Results, Row, Shard, digest
 
@@ -63,22 +70,30 @@ class Images:
 
 
 def of_split(run: Run, name: str, *, limit: int | None = None, seed: int = 0) -> Images:
-    """The first `limit` images of a split of the run's data, dequantised by draws of `seed`."""
+    """The first `limit` images of a split of the run's data, dequantised by draws of `seed`.
+
+    Of a model that denoises latents: encoded, without noise.
+    """
     split = run.split(name)
     count = len(split) if limit is None else min(limit, len(split))
     labels = None if split.labels is None else split.labels[:count].numpy()
     described = run.info if run.data is None else run.data.info
     data = described.to_dict() if run.config is None else to_dict(run.config)["data"]
-    return Images(
-        names=[f"{name}/{index}" for index in range(count)],
-        labels=labels,
-        load=lambda numbers: run.examples(name, list(numbers), seed=seed)[0],
-        about={"data": data, "split": name, "seed": seed},
-    )
+    names, about = [f"{name}/{index}" for index in range(count)], {"data": data, "split": name, "seed": seed}
+    if is_latent(run):
+        return Images(names, labels, encoded_split(run, name), about)
+    return Images(names, labels, lambda numbers: run.examples(name, list(numbers), seed=seed)[0], about)
 
 
 def of_path(run: Run, path: Path, *, limit: int | None = None, seed: int = 0) -> Images:
-    """The images of a folder, or of an `.npz` as `cdm-run sample` writes it; UserError on anything else."""
+    """The images of a folder, or of an `.npz` as `cdm-run sample` writes it; UserError on anything else.
+
+    Of a model that denoises latents: a folder, whose subfolders may be the classes; read when needed.
+    """
+    if is_latent(run):
+        listed = listed_pictures(path, run.info, limit)
+        about = {"content": listed.digest(), "latents of": list(picture_shape(run))}
+        return Images(listed.names, listed.labels, encoded_files(run, listed.files), about)
     if path.suffix == ".npz":
         x0, labels = _read_npz(run.info, path, seed)
         names = [f"{path.name}/{index}" for index in range(len(x0))]

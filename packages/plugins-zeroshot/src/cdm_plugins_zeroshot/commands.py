@@ -27,7 +27,8 @@ from cdm_core.commands.run_options import (
     write_rows,
 )
 from cdm_core.errors import UserError
-from cdm_plugins_zeroshot.methods import NAMES, Method, choose
+from cdm_plugins_zeroshot.methods import NAMES, Method, choose, default_name
+from cdm_plugins_zeroshot.zeroshot_configs import ClassifierConfig
 
 if TYPE_CHECKING:
     from cdm_core.processes import Place
@@ -51,7 +52,7 @@ def _common(function: F) -> F:
         click.option(
             "--pairs",
             type=click.IntRange(min=1),
-            help="(Level, noise) pairs an image, at most  [default: 100]",
+            help="(Level, noise) pairs an image, at most  [default: as the run has it, or 100]",
         ),
         click.option(
             "--set",
@@ -60,6 +61,7 @@ def _common(function: F) -> F:
             multiple=True,
             help="estimator.design=grid, elimination.alpha=1e-4, bayes.sigmas=[0,0.2], ...",
         ),
+        click.option("--recipe", metavar="NAME", help="Settings of this recipe instead of the run's own."),
         seed_option(),
         click.option(
             "--store", type=click.Path(path_type=Path), help="Folder of answers; default RUN/zeroshot."
@@ -98,7 +100,7 @@ def _methods_option(function: F) -> F:
         "names",
         type=click.Choice(NAMES),
         multiple=True,
-        help="May be given several times  [default: race, and bayes where the run has densities]",
+        help="May be given several times  [default: the run's own, or race; bayes where it has densities]",
     )(function)
 
 
@@ -110,9 +112,11 @@ def _open(
     data: str | None,
     weights: str,
     device: str,
+    recipe: str | None,
 ) -> tuple[Desk, Place]:
     """The run with its folder of answers, and which process this is."""
     from cdm_core.processes import Place
+    from cdm_plugins_zeroshot import pictures
     from cdm_plugins_zeroshot.answers import Desk
     from cdm_plugins_zeroshot.results import Shard
 
@@ -120,8 +124,25 @@ def _open(
     if shard is not None and place.world > 1:
         raise UserError("--shard: the launcher has given every process its part already")
     part = Shard.of(place) if shard is None else Shard.parse(shard)
-    run = open_run(session, path, place.device(pick_device(device)), weights, data)
+    latents = data is not None and _takes_latents(session, path)  # whose shape no data set has
+    named = None if latents else data
+    run = open_run(session, path, place.device(pick_device(device)), weights, named, recipe=recipe)
+    if latents:
+        pictures.attach(run, str(data))
     return Desk(run, _folder(path, store), part), place
+
+
+def _takes_latents(session: Session, path: Path) -> bool:
+    from cdm_core.formats import read_metadata
+    from cdm_plugins_zeroshot.pictures import of_latents
+
+    return path.is_file() and of_latents(read_metadata(path, session.registry).info)
+
+
+def _own(run: Run) -> ClassifierConfig | None:
+    """How a run is to be classified, where it or the recipe says so: by its adapter's settings."""
+    adapter = run.sampling.adapter
+    return adapter.config if adapter and isinstance(adapter.config, ClassifierConfig) else None
 
 
 def _folder(path: Path, store: Path | None) -> Path:
@@ -196,9 +217,10 @@ def _partly(desk: Desk, images: Images) -> str:
     "--input",
     "source",
     type=click.Path(path_type=Path),
-    help="Folder of images, or .npz as `sample` writes it, instead of a split.",
+    help="Folder of images, or .npz as `sample` writes it, instead of a split. Of a model of latents: a "
+    "folder, whose subfolders may be the classes.",
 )
-@click.option("--method", "name", type=click.Choice(NAMES), default="race", show_default=True, help="How.")
+@click.option("--method", "name", type=click.Choice(NAMES), help="How  [default: as the run has it, or race]")
 @click.option("--stages", metavar="DATA", help="Published stages of --method stages: cifar10, imagenet, ...")
 @_shard_option
 @click.option("--out", type=click.Path(path_type=Path), help="File for every answer, .csv or .json.")
@@ -209,7 +231,7 @@ def classify(
     source: Path | None,
     split: str,
     limit: int | None,
-    name: str,
+    name: str | None,
     stages: str | None,
     pairs: int | None,
     overrides: tuple[str, ...],
@@ -233,10 +255,12 @@ def classify(
     """
     if out is not None and out.suffix not in (".csv", ".json"):
         raise UserError(f"--out {out}: the name must end in .csv or .json")
-    method = choose(name, overrides, pairs=pairs, stages=stages, seed=seed)
     from cdm_plugins_zeroshot.answers import of_path, of_split
 
     desk, place = _open(session, path, store, shard, **options)
+    own = _own(desk.run)
+    name = name or default_name(own)
+    method = choose(name, overrides, pairs=pairs, stages=stages, seed=seed, base=own)
     images = (
         of_split(desk.run, split, limit=limit, seed=seed)
         if source is None
@@ -330,7 +354,9 @@ def _chosen(
     desk: Desk, names: Sequence[str], overrides: Sequence[str], pairs: int | None, seed: int
 ) -> dict[str, Method]:
     """The methods asked for, or the default ones that the run allows; UserError where there are none."""
-    wanted = {name: choose(name, overrides, pairs=pairs, seed=seed) for name in names or ("race", "bayes")}
+    own = _own(desk.run)
+    asked = names or (default_name(own), "bayes")
+    wanted = {name: choose(name, overrides, pairs=pairs, seed=seed, base=own) for name in asked}
     if names:
         for method in wanted.values():
             desk.check(method)
@@ -517,7 +543,8 @@ def ablate(
 
     desk, place = _open(session, path, store, None, **options)
     images, labels = _labelled(desk, split, limit, seed)
-    methods = evaluation.techniques(choose("stages", overrides, pairs=pairs, seed=seed))
+    stages = choose("stages", overrides, pairs=pairs, seed=seed, base=_own(desk.run))
+    methods = evaluation.techniques(stages)
     bayes = choose("bayes", overrides, seed=seed)
     if desk.allows(bayes) is None:
         methods["exact Bayes"] = bayes
@@ -640,7 +667,7 @@ def ood(
         outside = of_path(desk.run, source, limit=limit, seed=seed)
     else:
         outside = of_split(detecting.on_data(desk.run, str(against)), split, limit=limit, seed=seed)
-    flat = choose("flat", overrides, pairs=pairs, seed=seed)
+    flat = choose("flat", overrides, pairs=pairs, seed=seed, base=_own(desk.run))
     chosen = _scores_of(desk, names, flat, choose("bayes", overrides, seed=seed))
     sides = {"own": inside, "other": outside}
     for (name, method), (label, images) in product(chosen.items(), sides.items()):

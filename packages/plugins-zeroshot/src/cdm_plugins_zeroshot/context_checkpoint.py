@@ -35,6 +35,8 @@ BETA = "sqrt_beta_t"
 
 def read_context(path: Path, overrides: Sequence[str] = ()) -> Foreign | None:
     """The checkpoint in `path`; None when it is something else. UserError on a damaged file."""
+    if path.is_dir():
+        return None
     content = _unwrapped(read_tensors(path))
     state = {name: tensor for name, tensor in content.items() if "." in name}  # without the wrapper's tables
     if any(name not in state or state[name].ndim != axes for name, axes in MARKS.items()):

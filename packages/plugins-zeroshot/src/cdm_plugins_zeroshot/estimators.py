@@ -51,8 +51,10 @@ def levels_of(model: Any, config: EstimatorConfig) -> Tensor:
     own: Tensor | None = getattr(model, "sigmas", None)
     if own is not None:
         return own.detach().to("cpu", torch.float64)
-    low, high = (torch.tensor(s, dtype=torch.float64).log() for s in (config.sigma_min, config.sigma_max))
-    return (low + (high - low) * torch.linspace(0, 1, config.levels, dtype=torch.float64)).exp()
+    ends = torch.tensor([config.sigma_min, config.sigma_max], dtype=torch.float64)
+    low, high = ends.log() if config.spacing == "log" else ends
+    levels = low + (high - low) * torch.linspace(0, 1, config.levels, dtype=torch.float64)
+    return levels.exp() if config.spacing == "log" else levels
 
 
 def elbo_weights(sigmas: Tensor, sigma_clean: float = 0.0) -> Floats:

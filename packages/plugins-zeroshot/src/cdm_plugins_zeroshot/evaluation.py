@@ -132,6 +132,7 @@ def techniques(base: Method) -> dict[str, Method]:
         loss="l2",
         weight="simple",
         importance="uniform",
+        wordings="mean",
         bins=(),
         proposal=(),
     )

@@ -14,7 +14,12 @@ from cdm_core.config import Merged, fill, parse_overrides, plain
 from cdm_core.errors import UserError
 from cdm_core.manager import did_you_mean
 from cdm_plugins_zeroshot.bayes_configs import ExactBayesConfig
-from cdm_plugins_zeroshot.zeroshot_configs import OFFICIAL_STAGES, EliminationConfig, EstimatorConfig
+from cdm_plugins_zeroshot.zeroshot_configs import (
+    OFFICIAL_STAGES,
+    ClassifierConfig,
+    EliminationConfig,
+    EstimatorConfig,
+)
 
 RULES: dict[str, Literal["none", "stages", "halving", "race"]] = {
     "race": "race",
@@ -62,6 +67,11 @@ def _without(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
+def default_name(base: ClassifierConfig | None) -> str:
+    """The method of a run's own settings; `race` without any."""
+    return "race" if base is None else next(n for n, rule in RULES.items() if rule == base.elimination.rule)
+
+
 def choose(
     name: str,
     overrides: Sequence[str] = (),
@@ -69,12 +79,14 @@ def choose(
     pairs: int | None = None,
     stages: str | None = None,
     seed: int = 0,
+    base: ClassifierConfig | None = None,
 ) -> Method:
     """The method `name` with `estimator.design=grid`, `elimination.alpha=1e-4` or `bayes.draws=4`.
 
-    pairs: of the estimator; stages: a data set of `OFFICIAL_STAGES`, whose pairs and stages are taken. Method
-    `stages` without any keeps five classes after a tenth of the pairs, and one at the end, as published for
-    CIFAR-10. `UserError` on unknown keys, values out of range, or settings that contradict one another.
+    pairs: of the estimator; stages: a data set of `OFFICIAL_STAGES`, whose pairs and stages are taken; base:
+    the settings that the others change, but for the seed and what belongs to another rule. Method `stages`
+    without any keeps five classes after a tenth of the pairs, and one at the end, as published for CIFAR-10.
+    `UserError` on unknown keys, values out of range, or settings that contradict one another.
     """
     values = _tables(overrides)
     estimator, elimination = values["estimator"], values["elimination"]
@@ -84,6 +96,8 @@ def choose(
         _official(name, stages, pairs, estimator, elimination)
     if pairs is not None:
         estimator["pairs"] = pairs
+    if base is not None:
+        _lay_under(name, base, estimator, elimination)
     for table in ("estimator", "bayes"):
         values[table].setdefault("seed", seed)
     elimination["rule"] = RULES.get(name, "none")
@@ -95,6 +109,20 @@ def choose(
     merged = Merged(values, dict.fromkeys(values, "--set"))
     filled = {table: fill(kind, values[table], table, merged) for table, kind in TABLES.items()}
     return Method(name, **filled)
+
+
+def _lay_under(
+    name: str, base: ClassifierConfig, estimator: dict[str, Any], elimination: dict[str, Any]
+) -> None:
+    """Add what `base` says to what is said already."""
+    others = ["rule", *(key for rule, keys in _OF_RULE.items() if rule != RULES.get(name) for key in keys)]
+    if "pairs" in estimator or "stage_pairs" in elimination:
+        others += _OF_RULE["stages"]  # those of other pairs
+    for values, own in (
+        (estimator, _without(plain(base.estimator), ("seed",))),
+        (elimination, _without(plain(base.elimination), others)),
+    ):
+        values |= {key: value for key, value in own.items() if key not in values and value not in ([], ())}
 
 
 def _tables(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:

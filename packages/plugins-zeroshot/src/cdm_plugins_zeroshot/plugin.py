@@ -8,6 +8,7 @@ from cdm_core import hookimpl
 from cdm_core.records import Adapter, CheckpointFormat, Command, Model, Recipe
 from cdm_plugins_zeroshot.context_unet_configs import ContextUnetConfig
 from cdm_plugins_zeroshot.recipes import RECIPES
+from cdm_plugins_zeroshot.stable_diffusion_configs import StableDiffusionConfig
 from cdm_plugins_zeroshot.zeroshot_configs import ClassifierConfig
 
 _HERE = "cdm_plugins_zeroshot"
@@ -15,11 +16,13 @@ _HERE = "cdm_plugins_zeroshot"
 
 @hookimpl
 def register_models() -> Iterable[Model]:
-    target = f"{_HERE}.context_unet:ContextUnet"
+    context, stable = f"{_HERE}.context_unet:ContextUnet", f"{_HERE}.stable_diffusion:StableDiffusion"
+    has = ("denoise",)
     return [
+        Model("context-unet", "Context U-Net, the class in its decoder", context, ContextUnetConfig, has),
         Model(
-            "context-unet", "Context U-Net, the class in its decoder", target, ContextUnetConfig, ("denoise",)
-        )
+            "stable-diffusion", "Stable Diffusion, prompts for classes", stable, StableDiffusionConfig, has
+        ),
     ]
 
 
@@ -39,8 +42,11 @@ def register_adapters() -> Iterable[Adapter]:
 
 @hookimpl
 def register_checkpoint_formats() -> Iterable[CheckpointFormat]:
-    target = f"{_HERE}.context_checkpoint:read_context"
-    return [CheckpointFormat("context-unet", "Weights of Svithjod/Diffusion_Classifier", target)]
+    context, stable = f"{_HERE}.context_checkpoint:read_context", f"{_HERE}.stable_diffusion:read_pipeline"
+    return [
+        CheckpointFormat("context-unet", "Weights of Svithjod/Diffusion_Classifier", context),
+        CheckpointFormat("stable-diffusion", "Stable Diffusion in a folder of diffusers", stable),
+    ]
 
 
 @hookimpl

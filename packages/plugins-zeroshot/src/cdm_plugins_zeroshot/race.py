@@ -10,6 +10,9 @@ class c is dropped against the k-th best class l as soon as the differences D_i 
 Student's quantile (Clark & Jaini 2023). With alpha = 0 nothing is ever dropped, and the result is that of the
 flat estimator, bit for bit.
 
+A class may have several wordings (a text-to-image model is asked by prompts): its loss is pooled from theirs
+(`pooled`), and it is dropped with all of them or not at all.
+
 What is random is keyed by (seed, image, pair), the network is always given `tile` rows, and sums are taken an
 image at a time: a verdict depends on its image alone, not on what shares its batches, on shards or on
 resumption. That a row of a batch does not feel the others is for the network to keep (in evaluation mode
@@ -67,7 +70,7 @@ class Verdict:
     margin_high: float
     undecided: bool  # whether 0 lies in that interval
     pairs: int  # (level, noise) pairs
-    class_evaluations: int  # (class, pair) evaluations
+    class_evaluations: int  # (class, pair) evaluations, one a wording
     evaluations: float  # cost in whole passes of the network, what classes share counted once
     table: Table | None = field(default=None, compare=False, repr=False)  # only where it was asked for
 
@@ -194,18 +197,43 @@ class Job(NamedTuple):
     x0: Tensor  # (C, H, W)
     start: int
     stop: int
-    classes: Integers  # (A,) indices into the labels
+    classes: Integers  # (A,) indices into the labels, of all wordings of the classes
+
+
+def pooled(losses: Floats, kind: str) -> Floats:
+    """The losses of a class, (n,), from those of its wordings (W, n), pair by pair.
+
+    mean: of the wordings. likelihood: the class is their mixture in equal parts, p(x | y) = 1/W sum_w
+    p(x | w), so that of losses in nats L_y = -log 1/W sum_w exp(-L_w), L_w means over pairs; what a pair adds
+    is then its first-order part, whose mean is L_y and whose spread is L_y's (the delta method).
+    """
+    if kind == "mean":
+        return losses.mean(0)
+    means = losses.mean(1)
+    least = means.min()
+    total = least - math.log(np.exp(least - means).mean())
+    return softmax(-means) @ (losses - means[:, None]) + total
 
 
 class Contest:
-    """One image: its table of losses, and the classes still in it."""
+    """One image: its table of losses, and the classes still in it.
+
+    owner (R,): which class each row of the table is of, in ascending order; None: a row a class.
+    """
 
     def __init__(
-        self, image: int, x0: Tensor, classes: int, estimator: EstimatorConfig, rule: EliminationConfig
+        self,
+        image: int,
+        x0: Tensor,
+        classes: int,
+        estimator: EstimatorConfig,
+        rule: EliminationConfig,
+        owner: Integers | None = None,
     ) -> None:
         self.image, self.x0, self.estimator, self.rule = image, x0, estimator, rule
         self.looks = schedule(rule, classes, estimator.pairs)
-        self.losses = np.full((classes, estimator.pairs), np.nan, dtype=np.float32)
+        self.owner = np.arange(classes) if owner is None else owner
+        self.losses = np.full((len(self.owner), estimator.pairs), np.nan, dtype=np.float32)
         self.weights = np.empty(estimator.pairs)
         self.n, self.alive = 0, np.arange(classes)
         self.seen = np.zeros(classes, dtype=np.int64)
@@ -228,12 +256,22 @@ class Contest:
         stop = min(
             (self.n // self.estimator.block + 1) * self.estimator.block, self.estimator.pairs, *ahead[:1]
         )
-        return Job(self.image, self.x0, self.n, stop, self.alive)
+        return Job(self.image, self.x0, self.n, stop, self.rows)
+
+    @property
+    def rows(self) -> Integers:
+        """Of the table, those of the classes still in it."""
+        return np.flatnonzero(np.isin(self.owner, self.alive))
+
+    @property
+    def asked(self) -> int:
+        """Rows by pairs that the network was asked about."""
+        return int(self.seen[self.owner].sum())
 
     def add(self, losses: NDArray[np.float32], weights: Floats) -> None:
         """The answers to `job`, (A, n) losses and (n,) weights; then the rule has its say."""
         stop = self.n + losses.shape[1]
-        self.losses[self.alive, self.n : stop] = losses
+        self.losses[self.rows, self.n : stop] = losses
         self.weights[self.n : stop] = weights
         self.n = stop
         self.seen[self.alive] = stop
@@ -241,8 +279,15 @@ class Contest:
             self._eliminate()
 
     def weighted(self, classes: Integers, n: int) -> Floats:
-        """Losses by their weights, (A, n) float64."""
-        return self.losses[classes, :n].astype(np.float64) * self.weights[:n]
+        """Losses of classes (A,) by their weights, (A, n) float64; NaN behind what a class has seen."""
+        if len(self.owner) == len(self.seen):
+            return self.losses[classes, :n].astype(np.float64) * self.weights[:n]
+        values = np.full((len(classes), n), np.nan)
+        for i, c in enumerate(classes):
+            seen = min(n, int(self.seen[c]))
+            said = self.losses[self.owner == c, :seen].astype(np.float64) * self.weights[:seen]
+            values[i, :seen] = pooled(said, self.estimator.wordings)
+        return values
 
     def _eliminate(self) -> None:
         if self.n in self.looks:
@@ -306,7 +351,6 @@ def verdict(
             quantile = float(stdtrit(df[rival], (1 + contest.rule.confidence) / 2))
             reach = quantile * float(gap_errors[rival])
         low, high = margin - reach, margin + reach
-    asked = int(contest.seen.sum())
     return Verdict(
         image=contest.image,
         label=labels[int(order[0])],
@@ -323,8 +367,8 @@ def verdict(
         margin_high=high,
         undecided=low <= 0,
         pairs=contest.n,
-        class_evaluations=asked,
-        evaluations=passes(shared_share, contest.n, asked),
+        class_evaluations=contest.asked,
+        evaluations=passes(shared_share, contest.n, contest.asked),
         table=found.table() if keep_table else None,
     )
 
@@ -460,7 +504,8 @@ def _device(model: Any) -> torch.device:
 class Race:
     """`race(images)` -> verdicts, for a model with labels, a `Factored` or any other denoiser.
 
-    labels: the classes in it, None: all that the model knows (its `null_label` may be one more).
+    labels: the classes in it, None: all that the model knows (its `null_label` may be one more). A model may
+    have `wordings`, one tuple a class of the labels that ask about it; without, a class asks for itself.
     `UserError` for a model that knows no classes; `ValueError` for one that is in training mode, where it
     would drop labels or normalise over the batch.
     """
@@ -487,7 +532,10 @@ class Race:
         schedule(rule, len(self.labels), estimator.pairs)
         self.estimator = Estimator.of(model, estimator, shape)
         self.model = factored(model)
-        self.scorer = Scorer(self.model, self.estimator, self.labels)
+        wordings: Sequence[tuple[int, ...]] = getattr(model, "wordings", ())
+        asked = [wordings[label] if label < len(wordings) else (label,) for label in self.labels]
+        self.owner = np.repeat(np.arange(len(asked)), [len(one) for one in asked])
+        self.scorer = Scorer(self.model, self.estimator, [label for one in asked for label in one])
 
     def __call__(self, images: Iterable[tuple[int, Tensor]]) -> Iterator[Verdict]:
         """Verdicts as they are reached, not in order; images are (number, x0 (C, H, W) in model units).
@@ -497,7 +545,8 @@ class Race:
         source, going = iter(images), list[Contest]()
         while True:
             for image, x0 in islice(source, self.config.in_flight - len(going)):
-                going.append(Contest(image, x0, len(self.labels), self.config, self.rule))
+                contest = Contest(image, x0, len(self.labels), self.config, self.rule, self.owner)
+                going.append(contest)
             if not going:
                 return
             answers = self.scorer([contest.job() for contest in going])

@@ -12,6 +12,8 @@ Loss = Literal["l2", "l1", "huber"]
 Weight = Literal["simple", "elbo", "heuristic", "learned"]
 Importance = Literal["uniform", "weight", "table"]
 Rule = Literal["none", "stages", "halving", "race"]
+Spacing = Literal["log", "linear"]
+Wordings = Literal["mean", "likelihood"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,14 @@ class EstimatorConfig:
     # elbo: noise std, VE units, of the level at which the chain ends, below the model's lowest; 0: as the
     # model says (attribute `sigma_clean`), else its lowest level, where the network is then not asked.
     sigma_clean: float = 0.0
-    # Levels of a model that takes any noise: as many, from the least to the most, evenly in log sigma.
+    # Levels of a model that takes any noise: as many, from the least to the most, even in `spacing` of sigma.
     levels: int = 1000
     sigma_min: float = 0.01
     sigma_max: float = 80.0
+    spacing: Spacing = "log"
+    # Of a class that is asked about in several wordings (prompts): the mean of their losses, or, where the
+    # weight is elbo, the likelihood of their mixture in equal parts.
+    wordings: Wordings = "mean"
     seed: int = 0
     # Rows of every call of the network, the last ones filled up: rounding depends on the shape of a batch,
     # and this way on nothing else. Part of what decides a result bit for bit, as `in_flight` is not.
@@ -64,6 +70,10 @@ class EstimatorConfig:
         if self.weight == "elbo" and self.loss != "l2":
             raise ValueError(
                 f"the likelihood bound is of the squared error: loss must be l2, not {self.loss}"
+            )
+        if self.wordings == "likelihood" and self.weight != "elbo":
+            raise ValueError(
+                f"wordings = likelihood mixes likelihoods: weight must be elbo, not {self.weight}"
             )
         if (self.weight == "learned") != bool(self.bins) or not all(map(math.isfinite, self.bins)):
             raise ValueError(
