@@ -503,7 +503,7 @@ def test_alike_wordings_are_one(wordings) -> None:
     assert several.scores == pytest.approx(once.scores)
     assert several.gap_errors == pytest.approx(once.gap_errors)
     assert several.eliminated_at == once.eliminated_at
-    assert len(set(several.seen)) > 2
+    assert len(set(several.seen)) > 1
     counts = np.bincount(owner)
     assert several.class_evaluations == (np.array(several.seen) * counts).sum()
 
