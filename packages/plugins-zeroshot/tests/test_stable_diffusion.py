@@ -29,7 +29,13 @@ from cdm_core.runs import load_run
 from cdm_core.testing.conformance import randomise
 from cdm_plugins_zeroshot import pictures
 from cdm_plugins_zeroshot.estimators import Estimator
-from cdm_plugins_zeroshot.stable_diffusion import StableDiffusion, make_path, read_pipeline, read_prompts
+from cdm_plugins_zeroshot.stable_diffusion import (
+    FIRST,
+    StableDiffusion,
+    make_path,
+    read_pipeline,
+    read_prompts,
+)
 from cdm_plugins_zeroshot.stable_diffusion_configs import StableDiffusionConfig
 from cdm_plugins_zeroshot.zeroshot_configs import EstimatorConfig
 
@@ -275,13 +281,16 @@ def test_labels_are_prompts(stand_ins: None, tmp_path: Path) -> None:
     pipeline(tmp_path, net)
     model = network(tmp_path)
     encoded = Encoder()(torch.tensor(Tokenizer()(WORDS, "max_length", TOKENS)["input_ids"]))[0]
-    assert model.wordings == ((4, 5), (1,), (2,))
+    assert model.wordings == ((FIRST, FIRST + 1), (1,), (2,))
     x_t, t = torch.randn(8, 4, 4, 4), torch.arange(8)
-    y = torch.arange(8)  # cat, dog, owl, none, then the four prompts
+    y = torch.tensor([0, 1, 2, 3, *range(FIRST, FIRST + 4)])  # cat, dog, owl, none, then the four prompts
     with torch.no_grad():
         expected = net(x_t, t, encoded[[0, 2, 3, 4, 0, 1, 2, 3]], False)[0]
         assert torch.equal(model(x_t, t, y), expected)
         assert torch.equal(model(x_t, t), net(x_t, t, encoded[[4] * 8], False)[0])
+    for wrong in (-1, 4, FIRST + 5):
+        with pytest.raises(IndexError):
+            model(x_t[:1], t[:1], torch.tensor([wrong]))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -384,7 +393,7 @@ def by_hand(model: Any, x0: Tensor, config: EstimatorConfig, mixture: bool) -> l
     _, sigma, weight, noise = estimator.pairs(0, 0, config.pairs)
     sigma_ = sigma[:, None, None, None]
     means = []
-    for label in range(4, 8):
+    for label in range(FIRST, FIRST + 4):
         with torch.no_grad():
             d = model.denoise(x0 + sigma_ * noise, sigma, torch.full((config.pairs,), label))
         error = ((x0 - d) / sigma_).square().flatten(1).mean(1).double().numpy()
@@ -540,7 +549,7 @@ def test_the_libraries_own_pipeline_is_asked_as_they_ask_it(tmp_path: Path) -> N
     words = tokenizer(WORDS, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
     torch.testing.assert_close(model.prompts, encoder(words)[0])
     net = diffusers.UNet2DConditionModel.from_pretrained(root / "unet")
-    x_t, t, y = torch.randn(2, 4, 4, 4), torch.tensor([3, 40]), torch.tensor([5, 1])
+    x_t, t, y = torch.randn(2, 4, 4, 4), torch.tensor([3, 40]), torch.tensor([FIRST + 1, 1])
     out = net(x_t, t, encoder(words)[0][[1, 2]]).sample
     torch.testing.assert_close(model(x_t, t, y), out)
     scheduler = diffusers.DDPMScheduler.from_pretrained(root / "scheduler", clip_sample=False)

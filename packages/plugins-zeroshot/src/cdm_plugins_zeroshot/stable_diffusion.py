@@ -3,8 +3,9 @@
 A class is asked about by its prompts, "a photo of a tabby cat": the U-Net (Rombach et al. 2022) predicts the
 noise on an autoencoder's latents by cross-attention to an encoded prompt. Prompts are encoded once, when a
 pipeline of the library `diffusers` is converted, and kept with the weights: to classify needs no text
-encoder. With y of K classes, labels 0 .. K - 1 are the first prompts of the classes, K is the empty prompt,
-and K + 1 + p the prompt p, counted through; `wordings` are those of every class, which a race pools.
+encoder. Of K classes, labels 0 .. K - 1 are the first prompts of the classes, K is the empty prompt, and
+FIRST + p, far from any class, the prompt p, counted through; `wordings` are those of every class, which a
+race pools.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v"}
 WEIGHTS = tuple(
     f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 )
+FIRST = 2**20  # label of the first prompt: more classes than anybody has
 AT_ONCE = 64  # prompts that are encoded in one batch
 
 
@@ -111,9 +113,9 @@ class StableDiffusion(DiscreteDenoiser):
         self.register_buffer(
             "prompts", torch.randn(total + 1, config.tokens, settings["cross_attention_dim"])
         )
-        self.register_buffer("row_of", torch.tensor([*firsts, total, *range(total)]), persistent=False)
+        self.register_buffer("row_of", torch.tensor([*firsts, total]), persistent=False)
         every = [
-            tuple(range(classes + 1 + first, classes + 1 + first + count))
+            tuple(range(FIRST + first, FIRST + first + count))
             for first, count in zip(firsts, counts, strict=True)
         ]
         # A class of a single prompt is asked by its own label.
@@ -124,9 +126,14 @@ class StableDiffusion(DiscreteDenoiser):
         self.autoencoder = Autoencoder(Path(folder), config.latent_scale) if folder else None
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The network's output; x_t (B, C, H, W), t (B,) int64 steps, y (B,) int64 labels."""
-        label = self.spelt_out(y, x_t)
-        context = self.prompts[self.row_of[label]]
+        """The network's output; x_t (B, C, H, W), t (B,) int64 steps, y (B,) int64 labels.
+
+        `IndexError` on a label that is neither a class nor a prompt (on a GPU, torch's own assertion).
+        """
+        label = cast(Tensor, self.spelt_out(y, x_t))
+        by_prompt = label >= FIRST
+        of_class = self.row_of.index_select(0, label.masked_fill(by_prompt, 0))
+        context = self.prompts.index_select(0, torch.where(by_prompt, label - FIRST, of_class))
         return self.net(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     # -- latents ---------------------------------------------------------------------------------------------
