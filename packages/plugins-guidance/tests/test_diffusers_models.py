@@ -16,12 +16,13 @@ from cdm_core import samplers
 from cdm_core.capabilities import offered
 from cdm_core.config import plain
 from cdm_core.data import DataInfo
+from cdm_core.diffusers_configs import DiffusersConfig
+from cdm_core.diffusers_folder import find, library
 from cdm_core.errors import UserError
 from cdm_core.formats import filled
 from cdm_core.samplers import Conditional
 from cdm_core.testing.conformance import normal, randomise
-from cdm_plugins_guidance.diffusers_configs import DiffusersConfig, Transformer2DConfig, UNet2DConfig
-from cdm_plugins_guidance.diffusers_folder import find, library
+from cdm_plugins_guidance.diffusers_configs import Transformer2DConfig, UNet2DConfig
 
 try:
     import diffusers
@@ -49,9 +50,11 @@ def with_net(config: DiffusersConfig, **changes: Any) -> Any:
 # -- without the library -------------------------------------------------------------------------------------
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"model\.architecture needs the library diffusers .*\[latent\]"):
+    with pytest.raises(
+        UserError, match=r"model\.architecture needs the library diffusers .*: pip install diffusers"
+    ):
         unet()
 
 
@@ -363,7 +366,7 @@ def test_latents_are_decoded_and_encoded_at_their_scale(kind: str, scale: float,
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
 def test_gradients_flow_through_the_decoder(kind: str, tmp_path: Path) -> None:
     """By central differences in float64; the same with activations computed again; none in its weights."""
-    from cdm_plugins_guidance.autoencoder import Autoencoder
+    from cdm_core.autoencoder import Autoencoder
 
     autoencoder(kind, tmp_path)
     z, direction = normal(1, 4, 4, 4, dtype=torch.float64), normal(1, 4, 4, 4, seed=1, dtype=torch.float64)
@@ -386,7 +389,7 @@ def test_gradients_flow_through_the_decoder(kind: str, tmp_path: Path) -> None:
 
 @needs_diffusers
 def test_a_shift_of_the_latents_is_honoured(tmp_path: Path) -> None:
-    from cdm_plugins_guidance.autoencoder import Autoencoder
+    from cdm_core.autoencoder import Autoencoder
 
     net = autoencoder("AutoencoderKL", tmp_path, scaling_factor=0.3, shift_factor=0.7)
     z = normal(1, 4, 4, 4)
@@ -400,7 +403,7 @@ def test_a_shift_of_the_latents_is_honoured(tmp_path: Path) -> None:
 
 @needs_diffusers
 def test_a_folder_that_holds_no_autoencoder_is_refused(tmp_path: Path) -> None:
-    from cdm_plugins_guidance.autoencoder import Autoencoder
+    from cdm_core.autoencoder import Autoencoder
 
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         Autoencoder(tmp_path)
@@ -433,4 +436,4 @@ def test_a_pipeline_brings_its_autoencoder(tmp_path: Path) -> None:
 
 @needs_diffusers
 def test_the_library_is_imported_by_who_asks() -> None:
-    assert library("a test") is diffusers
+    assert library("diffusers", "a test") is diffusers

@@ -229,7 +229,7 @@ def test_half_a_folder_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lack transformer_blocks\.1\.attn1\.to_v\.bias"):
         read_dit(root)
     path.unlink()
-    with pytest.raises(UserError, match="has no weights: expected diffusion_pytorch_model"):
+    with pytest.raises(UserError, match="has no weights: expected one of diffusion_pytorch_model"):
         read_dit(root)
     (root / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(UserError, match=r"has no scheduler_config\.json"):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cdm_core.capabilities import offered
 from cdm_core.cli import cli
 from cdm_core.data import DataInfo
+from cdm_core.diffusers_models import noise_path
 from cdm_core.errors import MissingPackage, UserError
 from cdm_core.formats import build, load_converted
 from cdm_core.manager import load_registry
@@ -32,7 +33,6 @@ from cdm_plugins_zeroshot.estimators import Estimator
 from cdm_plugins_zeroshot.stable_diffusion import (
     FIRST,
     StableDiffusion,
-    make_path,
     read_pipeline,
     read_prompts,
 )
@@ -85,6 +85,7 @@ class Net(nn.Module):
         attention_head_dim: int,
     ) -> None:
         super().__init__()
+        self.config = NET
         self.first = nn.Conv2d(in_channels, 8, 3, padding=1)
         self.told = nn.Linear(cross_attention_dim, 8)
         self.last = nn.Conv2d(8, out_channels, 3, padding=1)
@@ -96,22 +97,23 @@ class Net(nn.Module):
         return (self.last((self.first(x) + told[:, :, None, None]).tanh()),)
 
 
-class Coder:
+class Settings(dict[str, Any]):
+    """Of the interface of the library's configurations."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Coder(nn.Module):
     """Of the interface of AutoencoderKL: halves the image; a fourth channel is their mean."""
 
-    @classmethod
-    def from_pretrained(cls, folder: str, local_files_only: bool) -> Coder:
-        assert local_files_only
-        return cls()
-
-    def eval(self) -> Coder:
-        return self
-
-    def requires_grad_(self, on: bool) -> Coder:
-        return self
-
-    def to(self, device: Any) -> Coder:
-        return self
+    def __init__(self, scaling_factor: float) -> None:
+        super().__init__()
+        self.config = Settings(scaling_factor=scaling_factor)
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def encode(self, images: Tensor) -> Any:
         small = F.avg_pool2d(images, 2)
@@ -179,6 +181,7 @@ def pipeline(folder: Path, net: nn.Module | None = None, **scheduler: Any) -> Pa
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (root / name / file).write_text(json.dumps(content))
     save_file(net.state_dict(), root / "unet/diffusion_pytorch_model.safetensors")
+    save_file(Coder(0.5).state_dict(), root / "vae/diffusion_pytorch_model.safetensors")
     (folder / "prompts.csv").write_text(PROMPTS)
     return root
 
@@ -238,11 +241,11 @@ def test_prompts_that_make_no_classes(text: str, says: str, tmp_path: Path) -> N
 # -- pipelines -----------------------------------------------------------------------------------------------
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = DataInfo("test", (1, 8, 8), 10)
     for name in ("diffusers", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingPackage, match=r"needs the library diffusers .*\[stable-diffusion\]"):
+    with pytest.raises(MissingPackage, match=r"needs the library diffusers .*: pip install diffusers"):
         StableDiffusion(StableDiffusionConfig.small(), info)
     pipeline(tmp_path)
     with pytest.raises(MissingPackage, match="needs the library transformers"):
@@ -257,7 +260,7 @@ def test_a_pipeline_knows_its_classes_levels_and_latents(stand_ins: None, tmp_pa
     assert (foreign.info.shape, foreign.info.class_names) == ((4, 4, 4), ("cat", "dog", "owl"))
     assert (foreign.info.levels, foreign.info.num_classes) == (None, 3)
     config = foreign.model.config
-    assert (config.noise_steps, config.latent_scale, config.tokens) == (50, 0.5, TOKENS)
+    assert (config.noise_steps, config.tokens) == (50, TOKENS)
     assert config.prompts == (("a cat", "a kitten"), ("a dog",), ("owl",))
     model = network(tmp_path)
     beta = np.linspace(0.00085**0.5, 0.012**0.5, 50) ** 2
@@ -307,7 +310,7 @@ def test_what_it_predicts_becomes_x0(stand_ins: None, prediction: str, tmp_path:
 
 
 def test_a_last_level_of_pure_noise_is_not_asked_about() -> None:
-    path = make_path(StableDiffusionConfig(noise_steps=10, zero_snr=True))
+    path = noise_path(StableDiffusionConfig(noise_steps=10, zero_snr=True))
     assert float(path.alpha[-1]) == 0
     assert float(path.alpha[0]) == pytest.approx(math.sqrt(1 - 0.00085))
     assert len(path.levels) == 9
@@ -324,21 +327,25 @@ def test_what_is_no_pipeline_of_its_kind(stand_ins: None, tmp_path: Path) -> Non
     (tmp_path / "prompts.csv").write_text("class,prompt\ncat,a dozen cats\n")
     with pytest.raises(UserError, match="reads 12 tokens, and this prompt has 14: 'a dozen cats'"):
         read_pipeline(root, told(tmp_path))
-    pipeline(tmp_path, beta_schedule="squaredcos_cap_v2")
+    (tmp_path / "prompts.csv").write_text(PROMPTS)
+    pipeline(tmp_path, beta_schedule="exponential")
     with pytest.raises(UserError, match=r"model\.schedule"):
+        read_pipeline(root, told(tmp_path))
+    pipeline(tmp_path, _class_name="EDMEulerScheduler")
+    with pytest.raises(UserError, match="schedule must be one of DDPM's family, not edm"):
         read_pipeline(root, told(tmp_path))
     (root / "scheduler/scheduler_config.json").write_text(
         '{"_class_name": "FlowMatchEulerDiscreteScheduler"}'
     )
-    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule"):
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler is none of DDPM"):
         read_pipeline(root, told(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architecture": ""}, "are empty"),
-        ({"prompts": ()}, "are empty"),
+        ({"architecture": ""}, "is empty"),
+        ({"prompts": ()}, "is empty"),
         ({"prompts": (("one",),)}, "prompts of 1 classes"),
         (
             {"architecture": json.dumps({**NET, "addition_embed_type": "text_time"})},

@@ -13,10 +13,10 @@ from torch import Tensor
 from cdm_core import formats
 from cdm_core.commands.common import Session
 from cdm_core.data import DataInfo
+from cdm_core.diffusers_folder import WEIGHTS
 from cdm_core.errors import UserError
 from cdm_core.files import to_json, write_bytes
 from cdm_plugins_guidance.adm_configs import UNetConfig
-from cdm_plugins_guidance.diffusers_folder import WEIGHTS
 from cdm_plugins_guidance.diffusers_weights import adm_to_diffusers, dit_to_diffusers, edm_to_diffusers
 from cdm_plugins_guidance.dit_configs import DiTConfig
 from cdm_plugins_guidance.edm_configs import EDMConfig

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdm_core import schedules
+from cdm_core.autoencoder import Latents
 from cdm_core.data import DataInfo
 from cdm_core.denoisers import DiscreteDenoiser
 from cdm_core.errors import UserError
 from cdm_kernels import adm_embedding
-from cdm_plugins_guidance.autoencoder import Latents
 from cdm_plugins_guidance.dit_configs import DiTConfig
 
 TIME_FREQUENCIES = 256  # width of the sinusoidal embedding of the time, whatever the size

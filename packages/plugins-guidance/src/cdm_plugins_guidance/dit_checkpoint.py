@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from cdm_core.data import DataInfo
+from cdm_core.diffusers_folder import Folder, find
+from cdm_core.diffusers_models import data_settings, model_settings
 from cdm_core.formats import Foreign, filled, overridden, read_tensors
 from cdm_core.settings import Selection
 from cdm_plugins_guidance.adm_checkpoint import check_shapes
-from cdm_plugins_guidance.diffusers_folder import Folder, find
-from cdm_plugins_guidance.diffusers_models import TRANSFORMERS, data_settings, model_settings
+from cdm_plugins_guidance.diffusers_models import TRANSFORMERS
 from cdm_plugins_guidance.diffusers_weights import dit_from_diffusers
 from cdm_plugins_guidance.dit import position_table
 from cdm_plugins_guidance.dit_configs import SIZES, DiTConfig, Shape

@@ -21,19 +21,20 @@ from torch import Tensor
 from cdm_core.errors import MissingPackage, UserError
 from cdm_core.formats import read_tensors
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-EXTRA = "pip install 'cdm-plugins-guidance[latent]'"
+WEIGHTS = tuple(
+    f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+)
 
 # Layers of attention had other names once; folders of that time are still about.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def library(what: str) -> Any:
-    """The module `diffusers`; UserError, saying that `what` needs it, where it is not installed."""
+def library(name: str, what: str) -> Any:
+    """The module `name`, diffusers or its companion; UserError, saying that `what` needs it, if missing."""
     try:
-        return importlib.import_module("diffusers")
+        return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackage(f"{what} needs the library diffusers ({error}): {EXTRA}") from error
+        raise MissingPackage(f"{what} needs the library {name} ({error}): pip install {name}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights in `folder`, float32, under the library's present names; UserError where there are none."""
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
-        raise UserError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)} in it")
+        raise UserError(f"{folder} has no weights: expected one of {', '.join(WEIGHTS)} in it")
     content = read_tensors(found[0])
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{found[0]} holds other things than weights by name")
@@ -78,7 +79,7 @@ def build(name: str, settings: Mapping[str, Any], where: str) -> Any:
     Settings that the class does not take must be off, as other versions of it write them, or what it makes of
     the others itself.
     """
-    cls = getattr(library(where), name)
+    cls = getattr(library("diffusers", where), name)
     known = settings.keys() & inspect.signature(cls).parameters.keys()
     try:
         model = cls(**{key: settings[key] for key in known})

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cdm_core.diffusers_folder import load, read_json
 from cdm_core.errors import UserError
-from cdm_plugins_guidance.diffusers_folder import load, read_json
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 
