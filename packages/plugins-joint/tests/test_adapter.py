@@ -17,7 +17,7 @@ from cdm_core.adapters import ClassifierFreeGuidance, Clipped
 from cdm_core.compiled import CompiledModel
 from cdm_core.errors import UserError
 from cdm_core.mixtures import GaussianMixture
-from cdm_core.samplers import Conditional, Prediction
+from cdm_core.samplers import Conditional, Prediction, Step
 from cdm_core.testing import AdapterConformance
 from cdm_plugins_joint.adapter import guided, log_likelihood, maps_of
 from cdm_plugins_joint.adapter_configs import RepresentationConfig, ThroughDecoderConfig
@@ -272,6 +272,22 @@ def test_without_a_class_or_a_scale_it_is_the_model_bitwise(exact: Any) -> None:
     plain = net.denoise(x, mixed)
     torch.testing.assert_close(some[:6], plain[:6])
     assert bool((some[6:] != plain[6:]).flatten(1).any(1).all())
+
+
+def test_a_step_is_steered_within_the_interval_alone(exact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And outside it, as without a class, costs no look at the representations."""
+    net, (x, sigma, y) = exact(ring()), noisy(2.0)
+    step, looks = Step(1, 2, 2.0, 1.0), []
+    moved = guided(replace(HEAD, sigma_min=1.5), net)
+    assert torch.equal(moved.predict_step(x, step, y).x0, moved.predict(x, sigma, y).x0)
+    monkeypatch.setattr(type(net), "representations", lambda *_: looks.append(1))
+    later = step._replace(sigma=1.4)
+    for label, at in ((None, step), (y, later), (y, step._replace(correction=True))):
+        plain = net.denoise(x, torch.full_like(sigma, at.level))
+        assert torch.equal(moved.predict_step(x, at, label).x0, plain)
+    still = guided(replace(HEAD, scale=0.0), net)
+    assert torch.equal(still.predict_step(x, step, y).x0, net.denoise(x, sigma))
+    assert not looks
 
 
 def test_schedules_follow_the_path(exact: Any) -> None:

@@ -490,7 +490,7 @@ def test_a_mixture_of_wordings_has_the_likelihood_of_a_mixture() -> None:
 @pytest.mark.parametrize("wordings", ["mean", "likelihood"])
 def test_alike_wordings_are_one(wordings) -> None:
     """Classes of which each is said twice in the same words: verdicts are those of saying it once."""
-    losses = synthetic(5, 64, gap=0.15)
+    losses = synthetic(5, 64, gap=0.0) + np.array([[0.0], [0.2], [0.4], [0.7], [1.4]])
     config = EstimatorConfig(pairs=64, weight="elbo", wordings=wordings)
     rule = EliminationConfig(alpha=0.01)
     owner = np.repeat(np.arange(5), [1, 2, 3, 1, 2])
@@ -503,7 +503,7 @@ def test_alike_wordings_are_one(wordings) -> None:
     assert several.scores == pytest.approx(once.scores)
     assert several.gap_errors == pytest.approx(once.gap_errors)
     assert several.eliminated_at == once.eliminated_at
-    assert len(set(several.seen)) > 1
+    assert len(set(several.seen)) > 2
     counts = np.bincount(owner)
     assert several.class_evaluations == (np.array(several.seen) * counts).sum()
 

@@ -6,8 +6,7 @@ Tables on stdout, progress on stderr, everything in JSON in a folder of the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,11 +18,13 @@ from cdm_core.commands.run_options import (
     data_option,
     number,
     open_run,
-    progress,
+    out_option,
     run_argument,
+    run_folder,
     show_json,
     split_option,
     table,
+    telling,
     weights_option,
 )
 from cdm_core.errors import UserError
@@ -31,7 +32,7 @@ from cdm_core.errors import UserError
 if TYPE_CHECKING:
     from cdm_core.runs import Run
     from cdm_plugins_guidance.calibration import Curve
-    from cdm_plugins_guidance.compare import Progress, Row
+    from cdm_plugins_guidance.compare import Row
     from cdm_plugins_guidance.tuning import Candidate, Effect, Tuned
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,10 +71,6 @@ def _judge_option(function: F) -> F:
     )(function)
 
 
-def _out_option(name: str) -> Callable[[F], F]:
-    return click.option("--out", type=click.Path(path_type=Path), help=f"Folder; default RUN/{name}.")
-
-
 def _open(
     session: Session,
     path: Path,
@@ -98,28 +95,6 @@ def _with_judge(session: Session, path: Path, judge: Path | None, **options: Any
         )
     run = _open(session, path, **options)
     return run, open_run(session, judge, str(run.device))
-
-
-def _folder(path: Path, out: Path | None, name: str) -> Path:
-    return out or (path if path.is_dir() else path.with_suffix("")) / name
-
-
-@contextmanager
-def _telling(quiet: bool) -> Iterator[Progress]:
-    """A line and, in a terminal, a bar on stderr for everything that takes time."""
-    with ExitStack() as stack:
-        bars: dict[str, Callable[[int, int], None]] = {}
-
-        def update(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                stack.close()
-                bars.clear()
-                if not quiet:
-                    click.echo(name, err=True)
-                bars[name] = stack.enter_context(progress(name, quiet=quiet))
-            bars[name](done, total)
-
-        yield update
 
 
 class _Numbers(click.ParamType):
@@ -159,7 +134,7 @@ def _numbers_option(name: str, text: str) -> Callable[[F], F]:
 @click.option("--num", default=1000, show_default=True, help="Images sampled each way.")
 @split_option
 @seed_option()
-@_out_option("compare")
+@out_option("compare")
 @click.pass_obj
 def compare(
     session: Session,
@@ -182,7 +157,7 @@ def compare(
 
     run, referee = _with_judge(session, path, judge, **options)
     rival = open_run(session, conditional, str(run.device)) if conditional else None
-    with _telling(as_json) as tell:
+    with telling(as_json) as tell:
         rows, samples = comparing.compare(run, referee, rival, split=split, num=num, seed=seed, progress=tell)
     settings: dict[str, Any] = {
         "run": str(path),
@@ -195,7 +170,7 @@ def compare(
         "seed": seed,
         "sampling": comparing.sampling_of(run),
     }
-    folder = comparing.save(_folder(path, out, "compare"), run, rows, samples, settings)
+    folder = comparing.save(run_folder(path, out, "compare"), run, rows, samples, settings)
     if as_json:
         show_json({"rows": comparing.as_dicts(rows), **settings, "out": str(folder)})
     else:
@@ -251,7 +226,7 @@ def _table(rows: Sequence[Row]) -> str:
 @click.option("--bins", default=15, show_default=True, help="Bins of confidence, of equal width.")
 @split_option
 @seed_option()
-@_out_option("calibration")
+@out_option("calibration")
 @click.pass_obj
 def calibrate(
     session: Session,
@@ -279,7 +254,7 @@ def calibrate(
     run = _open(session, path, **options)
     own = guide_settings(run).classifier.softplus
     given: dict[str, Any] = {"split": split, "num": num, "levels": levels, "bins": bins, "seed": seed}
-    with _telling(as_json) as tell:
+    with telling(as_json) as tell:
         curves = calibration.calibrate(
             run,
             looks=looks,
@@ -288,7 +263,7 @@ def calibrate(
             progress=tell,
             **given,
         )
-    folder = _folder(path, out, "calibration")
+    folder = run_folder(path, out, "calibration")
     found = {"run": str(path), "step": run.step, **given, "sampling": sampling_of(run)}
     found["curves"] = [curve.to_dict() for curve in curves]
     write_bytes(folder / "calibration.json", to_json(found).encode())
@@ -330,7 +305,7 @@ def _calibration_table(curves: Sequence[Curve]) -> str:
     "--split", type=click.Choice(SPLITS), default="valid", show_default=True, help="Images to tune on."
 )
 @seed_option()
-@_out_option("tune")
+@out_option("tune")
 @click.pass_obj
 def tune(
     session: Session,
@@ -353,8 +328,8 @@ def tune(
     names = ("softplus", "tau2", "scale", "keep", "rate", "num", "predicted", "levels", "bins")
     search = tuning.Search(**{name: given.pop(name) for name in names})
     run, referee = _with_judge(session, path, judge, **given)
-    file = _folder(path, out, "tune") / "tune.json"
-    with _telling(as_json) as tell:
+    file = run_folder(path, out, "tune") / "tune.json"
+    with telling(as_json) as tell:
         opened = {"weights": given["weights"], "data": given["data"]}
         found = tuning.tune(run, referee, search, file, split=split, seed=seed, **opened, progress=tell)
     flags = [*_given_flags(given["adapter"], given["recipe"], given["overrides"]), *found.flags]
@@ -406,7 +381,7 @@ def _tuned_text(found: Tuned, rate: float) -> str:
 @click.option("--seeds", default=3, show_default=True, help="How many seeds, from --seed on.")
 @split_option
 @seed_option()
-@_out_option("ablate")
+@out_option("ablate")
 @click.pass_obj
 def ablate(
     session: Session,
@@ -427,8 +402,8 @@ def ablate(
     from cdm_plugins_guidance import tuning
 
     run, referee = _with_judge(session, path, judge, **options)
-    file = _folder(path, out, "ablate") / "ablate.json"
-    with _telling(as_json) as tell:
+    file = run_folder(path, out, "ablate") / "ablate.json"
+    with telling(as_json) as tell:
         opened = {"weights": options["weights"], "data": options["data"]}
         effects, absent = tuning.ablate(
             run, referee, file, split=split, num=num, seeds=seeds, seed=seed, **opened, progress=tell

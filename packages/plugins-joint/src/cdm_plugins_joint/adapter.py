@@ -32,7 +32,7 @@ from torch import Tensor
 from cdm_core.adapters import Clipped, Wrapper
 from cdm_core.compiled import CompiledModel
 from cdm_core.errors import UserError
-from cdm_core.samplers import Prediction, predicted
+from cdm_core.samplers import Conditional, Prediction, Step, predicted
 from cdm_kernels import softmax_gradient
 from cdm_plugins_joint.adapter_configs import RepresentationConfig
 
@@ -72,6 +72,17 @@ class GuidedRepresentations(Wrapper):
         weight = self.weight(sigma)
         if y is None or not bool(weight.any()):
             return predicted(self.model, x, sigma)
+        return self._steered(x, sigma, y, weight)
+
+    def predict_step(self, x: Tensor, step: Step, y: Tensor | None = None) -> Prediction:
+        """`predict` for a step of a sampler: its level is a number, so that nothing waits for the device."""
+        inside = self.config.sigma_min <= step.level <= self.config.sigma_max
+        if y is None or not self.config.scale or not inside:
+            return Conditional(self.model).predict(x, step)
+        sigma = x.new_full((len(x),), step.level)
+        return self._steered(x, sigma, y, self.weight(sigma))
+
+    def _steered(self, x: Tensor, sigma: Tensor, y: Tensor, weight: Tensor) -> Prediction:
         z = self.moved(x, sigma, y, weight)
         with torch.no_grad():
             prediction = self.network.decode_representations(z, x, sigma)

@@ -5,8 +5,7 @@ Tables on stdout, progress on stderr, everything in a folder of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,11 +16,13 @@ from cdm_core.commands.run_options import (
     data_option,
     number,
     open_run,
-    progress,
+    out_option,
     run_argument,
+    run_folder,
     show_json,
     split_option,
     table,
+    telling,
     weights_option,
     write_rows,
 )
@@ -38,32 +39,6 @@ def _common(function: F) -> F:
     for option in reversed([seed_option(), data_option, weights_option, device_option, json_option]):
         function = option(function)
     return function
-
-
-def _out_option(name: str) -> Callable[[F], F]:
-    return click.option("--out", type=click.Path(path_type=Path), help=f"Folder; default RUN/{name}.")
-
-
-def _folder(path: Path, out: Path | None, name: str) -> Path:
-    return out or (path if path.is_dir() else path.with_suffix("")) / name
-
-
-@contextmanager
-def _telling(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A line and, in a terminal, a bar on stderr for everything that takes time."""
-    with ExitStack() as stack:
-        bars: dict[str, Callable[[int, int], None]] = {}
-
-        def update(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                stack.close()
-                bars.clear()
-                if not quiet:
-                    click.echo(name, err=True)
-                bars[name] = stack.enter_context(progress(name, quiet=quiet))
-            bars[name](done, total)
-
-        yield update
 
 
 # -- counterfactual ------------------------------------------------------------------------------------------
@@ -118,7 +93,7 @@ class _Target(click.ParamType):
 @click.option("--columns", type=click.IntRange(min=1), default=10, show_default=True, help="Of the picture.")
 @split_option
 @_common
-@_out_option("counterfactual")
+@out_option("counterfactual")
 @click.pass_obj
 def counterfactual(
     session: Session,
@@ -154,11 +129,11 @@ def counterfactual(
     run = open_run(session, path, where, weights, data, recipe=recipe, overrides=(*name, *overrides))
     run = making.steerable(run)
     referee = open_run(session, judge, where) if judge else None
-    with _telling(as_json) as tell:
+    with telling(as_json) as tell:
         found = making.counterfactuals(
             run, referee, split=split, target=target, seed=seed, progress=tell, **options
         )
-    folder, rows = _folder(path, out, "counterfactual"), found.rows()
+    folder, rows = run_folder(path, out, "counterfactual"), found.rows()
     told = {
         "run": str(path),
         "step": run.step,
@@ -224,7 +199,7 @@ def _percent(share: float) -> str:
 @click.option("--l2", default=1e-3, show_default=True, help="Half of it times |W|^2 is added to the loss.")
 @split_option
 @_common
-@_out_option("probe")
+@out_option("probe")
 @click.pass_obj
 def probe(
     session: Session,
@@ -248,11 +223,11 @@ def probe(
     from cdm_plugins_joint import probe as probing
 
     run = open_run(session, path, pick_device(device), weights, data)
-    with _telling(as_json) as tell:
+    with telling(as_json) as tell:
         scores = probing.probe(run, split=split, seed=seed, progress=tell, **options)
     rows: list[dict[str, Any]] = [asdict(score) for score in scores]
     told = {"run": str(path), "step": run.step, "split": split, "seed": seed, **options, "scores": rows}
-    folder = _folder(path, out, "probe")
+    folder = run_folder(path, out, "probe")
     write_bytes(folder / "probe.json", to_json(told).encode())
     write_rows(folder / "probe.csv", list(rows[0]), [list(row.values()) for row in rows])
     write_bytes(folder / "probe.png", probing.picture(scores))

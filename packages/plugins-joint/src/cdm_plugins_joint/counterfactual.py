@@ -99,16 +99,12 @@ class Counterfactuals:
             if self.labels is not None and self.labels.ndim == 1:
                 row["label"] = int(self.labels[i])
             row |= {"target": int(self.wish.column[i]), "wanted": bool(self.wish.value[i])}
-            row |= {f"before_{name}": _plain(values[i]) for name, values in self.before.items()}
+            row |= {f"before_{name}": values[i].item() for name, values in self.before.items()}
             for way, figures in self.figures.items():
                 key = way.replace(" ", "_")
-                row |= {f"{key}_{name}": _plain(values[i]) for name, values in figures.items()}
+                row |= {f"{key}_{name}": values[i].item() for name, values in figures.items()}
             rows.append(row)
         return rows
-
-
-def _plain(value: Tensor) -> Any:
-    return value.item()
 
 
 # ---- What is asked for

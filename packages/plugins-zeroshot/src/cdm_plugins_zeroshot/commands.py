@@ -20,6 +20,7 @@ from cdm_core.commands.run_options import (
     open_run,
     progress,
     run_argument,
+    run_folder,
     show_json,
     split_option,
     table,
@@ -129,7 +130,7 @@ def _open(
     run = open_run(session, path, place.device(pick_device(device)), weights, named, recipe=recipe)
     if latents:
         pictures.attach(run, str(data))
-    return Desk(run, _folder(path, store), part), place
+    return Desk(run, run_folder(path, store, "zeroshot"), part), place
 
 
 def _takes_latents(session: Session, path: Path) -> bool:
@@ -143,10 +144,6 @@ def _own(run: Run) -> ClassifierConfig | None:
     """How a run is to be classified, where it or the recipe says so: by its adapter's settings."""
     adapter = run.sampling.adapter
     return adapter.config if adapter and isinstance(adapter.config, ClassifierConfig) else None
-
-
-def _folder(path: Path, store: Path | None) -> Path:
-    return store or (path if path.is_dir() else path.with_suffix("")) / "zeroshot"
 
 
 def _ask(desk: Desk, method: Method, images: Images, label: str, *, quiet: bool, null: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -98,6 +98,37 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int]
             bar.update(done - bar.n)
 
         yield update
+
+
+@contextmanager
+def telling(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A line and, in a terminal, a bar on stderr for everything that takes time.
+
+    Yields `update(what, done, total)`.
+    """
+    with ExitStack() as stack:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                stack.close()
+                bars.clear()
+                if not quiet:
+                    click.echo(name, err=True)
+                bars[name] = stack.enter_context(progress(name, quiet=quiet))
+            bars[name](done, total)
+
+        yield update
+
+
+def out_option(name: str) -> Callable[[F], F]:
+    """`--out PATH`, passed as `out: Path | None`; `name` as `run_folder` takes it."""
+    return click.option("--out", type=click.Path(path_type=Path), help=f"Folder; default RUN/{name}.")
+
+
+def run_folder(path: Path, out: Path | None, name: str) -> Path:
+    """`out`, or the folder `name` of a run, or beside a converted file."""
+    return out or (path if path.is_dir() else path.with_suffix("")) / name
 
 
 def show_json(value: Any) -> None:

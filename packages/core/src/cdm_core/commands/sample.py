@@ -14,6 +14,7 @@ from cdm_core.commands.run_options import (
     open_run,
     progress,
     run_argument,
+    run_folder,
     show_json,
     weights_option,
 )
@@ -142,8 +143,8 @@ def _draw(run: Run, indices: range, **options: Any) -> Tensor:
 
 
 def _default_folder(path: Path, plan: SamplePlan, seed: int) -> Path:
-    base = path / "samples" if path.is_dir() else path.with_suffix("") / "samples"
-    return base / f"{plan.sampler.name.partition('/')[2]}-{plan.settings.steps}-seed{seed}"
+    name = f"{plan.sampler.name.partition('/')[2]}-{plan.settings.steps}-seed{seed}"
+    return run_folder(path, None, "samples") / name
 
 
 def _settings(run: Run, plan: SamplePlan, **given: Any) -> dict[str, Any]:
